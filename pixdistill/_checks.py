@@ -1,0 +1,96 @@
+"""Argument checks that the losses share. They raise ValueError or TypeError and name the argument."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_maps(student: Tensor, teacher: Tensor) -> None:
+    """Two maps `[B, C, *spatial]` of one shape, with one to three spatial axes."""
+    _check_floating("student", student)
+    _check_floating("teacher", teacher)
+    if not 3 <= student.dim() <= 5:
+        raise ValueError(
+            "student must have shape [B, C, *spatial] with one to three spatial axes; "
+            f"got {tuple(student.shape)}"
+        )
+    if student.shape == teacher.shape:
+        _check_device("teacher", teacher, student)
+        return
+    remedy = "Resize one of them first, for example with F.interpolate."
+    if student.dim() == teacher.dim() and student.shape[1] != teacher.shape[1]:
+        remedy = "Project the student to the teacher's channels first, for example with a 1x1 conv."
+    raise ValueError(
+        f"student must have shape [B, C, *spatial] equal to teacher's {tuple(teacher.shape)}; "
+        f"got {tuple(student.shape)}. {remedy}"
+    )
+
+
+def check_rows(student: Tensor, teacher: Tensor) -> None:
+    """Two sets of vectors `[..., N, D]` of one shape."""
+    _check_floating("student", student)
+    _check_floating("teacher", teacher)
+    if student.dim() < 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student must have shape [..., N, D] equal to teacher's {tuple(teacher.shape)}; "
+            f"got {tuple(student.shape)}"
+        )
+    _check_device("teacher", teacher, student)
+
+
+def check_mask(valid_mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
+    """A bool mask of exactly this shape, on the student's device."""
+    if valid_mask is None:
+        return
+    if not isinstance(valid_mask, Tensor) or valid_mask.dtype != torch.bool:
+        got = valid_mask.dtype if isinstance(valid_mask, Tensor) else type(valid_mask).__name__
+        raise TypeError(f"valid_mask must be a bool tensor, True where a pixel is used; got {got}")
+    if valid_mask.shape != shape:
+        raise ValueError(
+            f"valid_mask must have one entry a pixel, shape {tuple(shape)}; "
+            f"got {tuple(valid_mask.shape)}"
+        )
+    _check_device("valid_mask", valid_mask, like)
+
+
+def check_positive(name: str, value: float) -> None:
+    """A finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """An integer of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """True or False, and not a string that says so."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype; got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the student's device, {like.device}; got {tensor.device}. Move it."
+        )

@@ -1,0 +1,1 @@
+"""Fused primitives, a folder each: contract and dispatch, dense reference, streaming PyTorch, Triton."""

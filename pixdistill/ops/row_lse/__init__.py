@@ -1,0 +1,307 @@
+"""`row_lse`: log-sum-exp of scaled similarities, with its gradient, in one pass over the keys.
+
+    row_lse(query, keys, scale) == (scale * query @ keys.mT).logsumexp(-1)
+
+The gradient of a row with respect to its query is `scale` times the softmax-weighted mean of the keys,
+
+    expected_key_i = sum_j softmax_j(scale * <q_i, k_j>) * k_j,
+
+so a pass that keeps this mean beside the sum has the whole gradient when it ends, and backward is
+one multiplication. No N x M matrix exists at any time.
+
+This file holds the contract, the operator registered with PyTorch, and the only choice of a backend.
+"""
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference, tiled
+from .arguments import BACKENDS as BACKENDS
+from .arguments import Groups, check
+
+# Widest features of the fused kernel: wider tiles spill registers (`python -m benchmarks kernels`).
+_FUSED_WIDTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+
+# Below these bounds exp(logit) needs no shift: neither it nor a sum of 2^31 of them leaves the range
+# in which the dtype of the second product holds it. float16 holds e^-9 as a normal number.
+_UNSHIFTED_BOUND = {torch.float16: 9.0, torch.bfloat16: 60.0, torch.float32: 60.0}
+
+
+def row_lse(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    exclude_offset: int | None = None,
+    logit_bound: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-sum-exp over the keys of `scale * <query, key>`, differentiable, in one pass.
+
+    The result equals `(scale * query @ keys.mT).logsumexp(-1)` in values and gradients. Natural
+    logarithm; -inf, with a zero gradient, for a query that sees no key.
+
+    Args:
+        query: `[..., N, D]`, N >= 0, 1 <= D <= 8192. Its dtype is the one that products are made in,
+            except under autocast, which casts it as it would for a matrix product.
+        keys: `[..., M, D]`, M >= 0. Batch axes broadcast against those of `query`, and keys that are
+            shared by a batch are never copied for it. Another dtype than the query's is converted:
+            block by block on the CPU, as one copy for the fused kernel.
+        scale: a number, or a tensor of one element on the query's device. A tensor gets its gradient
+            at no extra pass.
+        key_mask: `[..., M]` bool, True = the key counts. A hidden key may hold NaN.
+        exclude_offset: hides key `n + exclude_offset` from query `n`; 0 leaves out the diagonal.
+        logit_bound: a bound on every `|scale * <query, key>|`, `|scale|` for unit vectors. A small
+            one (up to 60; 9 for float16) saves the running maximum. One that does not hold can
+            overflow to inf or NaN.
+        backend: "triton" is the fused kernel, "torch" the streaming form, "reference" the dense
+            oracle, which also has second-order gradients. "auto" takes "triton" where
+            `why_not_triton` has nothing to say, "torch" elsewhere.
+
+    Returns:
+        `[..., N]`, float64 for a float64 query and float32 for all others.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, and for a backend that cannot run.
+        TypeError: for arguments of the wrong type.
+        RuntimeError: when the fused or streaming form is differentiated twice.
+
+    Example:
+        >>> query, keys = torch.randn(2, 6, 8, requires_grad=True), torch.randn(100, 8)
+        >>> row_lse(query, keys, 0.5).shape
+        torch.Size([2, 6])
+    """
+    return row_lse_and_max(
+        query,
+        keys,
+        scale,
+        key_mask=key_mask,
+        exclude_offset=exclude_offset,
+        logit_bound=logit_bound,
+        backend=backend,
+        with_max=False,
+    )[0]
+
+
+def row_lse_and_max(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    exclude_offset: int | None = None,
+    logit_bound: float | None = None,
+    backend: str = "auto",
+    with_max: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`row_lse`, and in the same pass the largest logit `[..., N]` of each query, without gradient.
+
+    The second result is None unless `with_max`. A query that sees no key has -inf.
+    """
+    check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        query = query.to(torch.get_autocast_dtype(query.device.type))
+    if backend == "reference":
+        lse, largest = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
+        return lse, largest if with_max else None
+
+    dtype = tiled.accumulation_dtype(query)
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(()).to(dtype)
+    else:
+        scale = torch.full((), scale, dtype=dtype, device=query.device)
+    groups = Groups(query, keys, key_mask, fold_rows=exclude_offset is None)
+    with_expected_key = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
+    lse, _, largest = row_lse_op(
+        groups.query,
+        groups.keys,
+        scale,
+        groups.key_mask,
+        exclude_offset,
+        logit_bound,
+        backend,
+        with_expected_key,
+        with_max,
+    )
+    return groups.restore(lse), groups.restore(largest) if with_max else None
+
+
+def why_not_triton(query: Tensor) -> str | None:
+    """The reason why the fused kernel does not take this query, or None: what `backend="auto"` asks.
+
+    A pure predicate of device, dtype, width and the global float32 precision.
+    """
+    if not _has_triton():
+        return "the package triton is not installed"
+    if query.dtype not in _FUSED_WIDTH:
+        return f"it has no {query.dtype} form"
+    if query.shape[-1] > _FUSED_WIDTH[query.dtype]:
+        return (
+            f"it holds {query.dtype} features up to width {_FUSED_WIDTH[query.dtype]}, "
+            f"and these have {query.shape[-1]}"
+        )
+    if query.device.type == "cuda":
+        if torch.version.hip is not None:
+            return "it has not been validated on ROCm"
+        if torch.cuda.get_device_capability(query.device) < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or later"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on CUDA (or under TRITON_INTERPRET=1), not on {query.device.type}"
+    if query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return (
+            'float32 at matmul precision "highest" asks for exact products; '
+            'torch.set_float32_matmul_precision("high") or autocast admits it'
+        )
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _implementation(query: Tensor, backend: str) -> ModuleType:
+    """The module that computes: the only place that picks a backend."""
+    reason = None if backend == "torch" else why_not_triton(query)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f'backend="triton" cannot run here: {reason}. Use backend="auto".')
+    interpreted = query.device.type != "cuda"  # slow: only when asked for
+    if backend == "torch" or reason is not None or (interpreted and backend == "auto"):
+        return tiled
+    from . import triton_kernels  # loads triton
+
+    return triton_kernels
+
+
+# --- The operator: grouped shapes, one dtype of statistics, no choice left to the caller ----------
+
+
+@torch.library.custom_op("pixdistill::row_lse", mutates_args=())
+def row_lse_op(
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    logit_bound: float | None,
+    backend: str,
+    with_expected_key: bool,
+    with_max: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse `[G, N]`, expected key `[G, N, D]` and largest logit `[G, N]`; empty where not asked for."""
+    shifted = logit_bound is None or logit_bound > _UNSHIFTED_BOUND.get(query.dtype, 60.0)
+    with torch.autocast(query.device.type, enabled=False):
+        result = _implementation(query, backend).row_lse(
+            query,
+            keys,
+            scale,
+            key_mask,
+            exclude_offset,
+            shifted=shifted,
+            with_expected_key=with_expected_key,
+            with_max=with_max,
+        )
+    lse, expected_key, largest = result
+    return (
+        lse,
+        query.new_empty(0) if expected_key is None else expected_key,
+        lse.new_empty(0) if largest is None else largest,
+    )
+
+
+@row_lse_op.register_fake
+def _(
+    query, keys, scale, key_mask, exclude_offset, logit_bound, backend, with_expected_key, with_max
+):
+    lse = query.new_empty(query.shape[:2], dtype=tiled.accumulation_dtype(query))
+    expected_key = query.new_empty(query.shape if with_expected_key else 0)
+    return lse, expected_key, lse.new_empty(lse.shape if with_max else 0)
+
+
+@torch.library.custom_op("pixdistill::row_lse_grad_keys", mutates_args=())
+def row_lse_grad_keys_op(
+    grad_rows: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    lse: Tensor,
+    backend: str,
+) -> Tensor:
+    """`(softmax(logits) * grad_rows[..., None]).mT @ query` `[G, M, D]`, in the dtype of the keys."""
+    with torch.autocast(query.device.type, enabled=False):
+        return _implementation(query, backend).row_lse_grad_keys(
+            grad_rows, query, keys, scale, key_mask, exclude_offset, lse
+        )
+
+
+@row_lse_grad_keys_op.register_fake
+def _(grad_rows, query, keys, scale, key_mask, exclude_offset, lse, backend):
+    return keys.new_empty(keys.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    query, keys, scale, key_mask, ctx.exclude_offset, _, ctx.backend, *_ = inputs
+    lse, expected_key, largest = output
+    ctx.mark_non_differentiable(expected_key, largest)
+    ctx.set_materialize_grads(False)
+    needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
+    # Frozen keys are not kept, so a queue may be overwritten between forward and backward.
+    ctx.save_for_backward(
+        query if needs_keys or needs_scale else None,
+        keys if needs_keys else None,
+        scale,
+        key_mask if needs_keys else None,
+        lse if needs_keys else None,
+        expected_key if needs_query or needs_scale else None,
+    )
+
+
+def _backward(ctx, grad_lse, grad_expected_key, grad_largest):
+    if grad_lse is None:
+        return (None,) * 9
+    query, keys, scale, key_mask, lse, expected_key = ctx.saved_tensors
+    needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
+    grad_query = grad_keys = grad_scale = None
+    grad_rows = grad_lse * scale
+    if needs_query:
+        grad_query = (grad_rows.unsqueeze(-1) * expected_key).to(expected_key.dtype)
+    if needs_scale:
+        along = (query.to(grad_lse.dtype) * expected_key).sum(dim=-1)  # d lse / d scale
+        grad_scale = (grad_lse * along).sum()
+    if needs_keys:
+        grad_keys = row_lse_grad_keys_op(
+            grad_rows, query, keys, scale, key_mask, ctx.exclude_offset, lse, ctx.backend
+        )
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = (grad_query, grad_keys, grad_scale)
+        grad_query, grad_keys, grad_scale = (
+            None if g is None else _FirstOrderOnly.apply(g, grad_lse, *ctx.saved_tensors)
+            for g in grads
+        )
+    return grad_query, grad_keys, grad_scale, None, None, None, None, None, None
+
+
+row_lse_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on a gradient whose own derivative is not available."""
+
+    @staticmethod
+    def forward(ctx, grad, *sources):
+        return grad.detach().clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "row_lse has no second-order gradient in its fused and streaming forms. "
+            'Use backend="reference" where one is needed.'
+        )

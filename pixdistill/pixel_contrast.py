@@ -1,0 +1,292 @@
+"""Pixel-to-pixel contrastive distillation (PCD, ICCV 2023, arXiv 2211.00218).
+
+Every pixel of the student's map should be closer to the teacher's pixel at the same place than to
+other teacher pixels, the negatives. With unit vectors s_i (student) and t_j (teacher), the negatives
+n of pixel i, and the temperature tau,
+
+    loss_i = -log( exp(<s_i,t_i>/tau) / (exp(<s_i,t_i>/tau) + sum_n exp(<s_i,n>/tau)) )
+           = softplus( logsumexp_n(<s_i,n>/tau) - <s_i,t_i>/tau ).
+
+Only the log-sum-exp is expensive, and `ops.row_lse` makes it in one pass, with its gradient and
+without an N x N matrix. What stands here is plain PyTorch on vectors of N numbers.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ._checks import check_choice, check_flag, check_maps, check_mask, check_positive, check_rows
+from .ops.row_lse import BACKENDS, row_lse_and_max
+from .pixel_queue import PixelQueue, unit_vectors
+
+REDUCTIONS = ("mean", "sum", "none")
+NEGATIVES = ("batch", "image", "queue")
+
+
+class PixelContrastComponents(NamedTuple):
+    """What `PixelContrastLoss.components` returns; only `loss` carries a gradient."""
+
+    loss: Tensor
+    """The loss that `forward` returns."""
+    accuracy: Tensor
+    """Share of valid pixels whose positive no negative exceeds, in [0, 1]."""
+    positive_similarity: Tensor
+    """Mean of <s_i, t_i> over the valid pixels: a cosine in [-1, 1] when vectors are normalised."""
+
+
+def pixel_contrast_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float | Tensor = 0.2,
+    in_batch: bool = True,
+    queue_keys: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE of student vectors against frozen teacher vectors, without an N x N matrix.
+
+    For two matrices, in-batch negatives and the mean, it equals
+    `F.cross_entropy(F.normalize(student) @ F.normalize(teacher).T / temperature, torch.arange(N))`.
+
+    Args:
+        student: `[..., N, D]`. Vectors of different batch entries never meet.
+        teacher: the positives, of the student's shape; detached.
+        temperature: tau > 0; a tensor of one element may carry a gradient.
+        in_batch: the other teacher rows of the same batch entry are negatives.
+        queue_keys: `[K, D]`, further negatives for every row; detached. With `normalize` they must
+            be unit vectors already, as `PixelQueue.keys` are: they are not copied.
+        valid_mask: `[..., N]` bool. A row that is False is neither an anchor nor a negative.
+        normalize: divide by the L2 norm first. A vector of norm <= 1e-12 counts as zero, with zero
+            gradient.
+        reduction: "mean" over valid rows, "sum", or "none" for `[..., N]` with 0 at invalid rows.
+        backend: as in `ops.row_lse`.
+
+    Returns:
+        A scalar, or `[..., N]`: float64 for float64 input and float32 otherwise. Zero, and still
+        attached to the graph, when nothing is valid or there is no negative.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit; the message names the argument.
+
+    Source: equation of the loss in PCD and its official `pcd/pcd.py`, from which it departs only in
+    that a zero vector has zero gradient there and that negatives are a free choice.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    terms = _contrast(
+        student, teacher, temperature, in_batch, queue_keys, valid_mask, normalize, backend, False
+    )
+    return _reduce(terms.loss, valid_mask, reduction)
+
+
+class PixelContrastLoss(nn.Module):
+    """Contrast of student pixels against frozen teacher pixels: `loss(student, teacher)`.
+
+    Args:
+        temperature: tau > 0. PCD uses 0.2.
+        negatives: "batch", all other teacher pixels of the batch; "image", those of the same image;
+            "queue", the vectors of `queue` (PCD); or a tuple of "queue" with one of the others.
+        queue: the `PixelQueue` that "queue" reads. It becomes a submodule, saved with this one, and
+            moves only when `queue.enqueue` or `queue.enqueue_pooled` is called.
+        normalize: use cosine similarities, as PCD does; False keeps the vectors as they are.
+        learnable_temperature: makes tau a parameter (its logarithm, `log_temperature`).
+        reduction: "mean" over valid pixels, "sum", or "none" for a loss per pixel `[B, *spatial]`.
+        backend: "auto", "triton", "torch" or "reference", see `ops.row_lse`.
+
+    Shapes: student and teacher `[B, C, *spatial]` with one, two or three spatial axes; project the
+    student to the teacher's channels and size first. `valid_mask` `[B, *spatial]`, True = used.
+
+    Example:
+        >>> loss = PixelContrastLoss(temperature=0.2)
+        >>> student = torch.randn(2, 16, 8, 8, requires_grad=True)
+        >>> loss(student, torch.randn(2, 16, 8, 8)).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        *,
+        negatives: str | tuple[str, ...] = "batch",
+        queue: PixelQueue | None = None,
+        normalize: bool = True,
+        learnable_temperature: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_positive("temperature", temperature)
+        check_flag("normalize", normalize)
+        check_flag("learnable_temperature", learnable_temperature)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, BACKENDS)
+        self.negatives = _check_negatives(negatives)
+        if queue is not None and not isinstance(queue, PixelQueue):
+            raise TypeError(f"queue must be a PixelQueue; got {type(queue).__name__}")
+        if ("queue" in self.negatives) != (queue is not None):
+            raise ValueError(
+                'queue must be given if and only if negatives include "queue"; '
+                f"got negatives={negatives!r} and queue={queue!r}"
+            )
+        self.queue = queue
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+        self._temperature = float(temperature)
+        self.log_temperature = (
+            nn.Parameter(torch.full((1,), math.log(temperature))) if learnable_temperature else None
+        )
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """tau: a number, or a tensor of one element with a gradient when it is learnable."""
+        if self.log_temperature is None:
+            return self._temperature
+        return self.log_temperature.exp()
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, valid_mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss; a scalar unless `reduction="none"`."""
+        loss = self._terms(student, teacher, valid_mask, with_max=False).loss
+        return self._finish(loss, student, valid_mask, self.reduction)
+
+    def components(
+        self, student: Tensor, teacher: Tensor, *, valid_mask: Tensor | None = None
+    ) -> PixelContrastComponents:
+        """The loss with the contrast accuracy and the mean positive similarity, in the same pass."""
+        terms = self._terms(student, teacher, valid_mask, with_max=True)
+        return PixelContrastComponents(
+            self._finish(terms.loss, student, valid_mask, self.reduction),
+            self._finish(terms.wins, student, valid_mask, "mean"),
+            self._finish(terms.similarity, student, valid_mask, "mean"),
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, in the order of the constructor."""
+        temperature = "learnable" if self.log_temperature is not None else f"{self._temperature:g}"
+        return (
+            f"temperature={temperature}, negatives={self.negatives}, normalize={self.normalize}, "
+            f"reduction={self.reduction!r}, backend={self.backend!r}"
+        )
+
+    def _terms(
+        self, student: Tensor, teacher: Tensor, valid_mask: Tensor | None, *, with_max: bool
+    ) -> "_Terms":
+        check_maps(student, teacher)
+        check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+        # An image is a batch entry of its own; otherwise all pixels are rows of one matrix.
+        pixels = "b (...)" if "image" in self.negatives else "(b ...)"
+        return _contrast(
+            rearrange(student, f"b c ... -> {pixels} c"),
+            rearrange(teacher.detach(), f"b c ... -> {pixels} c"),
+            self.temperature,
+            "image" in self.negatives or "batch" in self.negatives,
+            None if self.queue is None else self.queue.keys,
+            None if valid_mask is None else rearrange(valid_mask, f"b ... -> {pixels}"),
+            self.normalize,
+            self.backend,
+            with_max,
+        )
+
+    @staticmethod
+    def _finish(
+        values: Tensor, student: Tensor, valid_mask: Tensor | None, reduction: str
+    ) -> Tensor:
+        values = values.reshape(student.shape[:1] + student.shape[2:])
+        return _reduce(values, valid_mask, reduction)
+
+
+class _Terms(NamedTuple):
+    """Per row: the loss, whether no negative exceeds the positive, and the positive's similarity."""
+
+    loss: Tensor
+    wins: Tensor
+    similarity: Tensor
+
+
+def _contrast(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    in_batch: bool,
+    queue_keys: Tensor | None,
+    valid_mask: Tensor | None,
+    normalize: bool,
+    backend: str,
+    with_max: bool,
+) -> _Terms:
+    """The loss of each row `[..., N]`. `wins` means something only `with_max`."""
+    check_rows(student, teacher)
+    check_mask(valid_mask, student.shape[:-1], student)
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+    if not in_batch and queue_keys is None:
+        raise ValueError("queue_keys must be given when in_batch is False: there is no negative")
+    teacher = teacher.detach()
+    if valid_mask is not None:  # also keeps a NaN at an invalid pixel out of every gradient
+        student = student.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
+        teacher = teacher.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
+    if normalize:
+        student, teacher = unit_vectors(student), unit_vectors(teacher)
+
+    scale = 1.0 / temperature
+    bound = scale if normalize and not isinstance(scale, Tensor) else None
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    similarity = (student.to(dtype) * teacher.to(dtype)).sum(dim=-1)
+    positive = scale * similarity
+
+    # row i of the teacher is the positive of row i, so the diagonal is left out of the negatives
+    sources: list[tuple[Tensor, Tensor | None, int | None]] = []
+    if in_batch:
+        sources.append((teacher, valid_mask, 0))
+    if queue_keys is not None:
+        sources.append((queue_keys.detach(), None, None))
+    parts = [
+        row_lse_and_max(
+            student,
+            keys,
+            scale,
+            key_mask=key_mask,
+            exclude_offset=exclude_offset,
+            logit_bound=bound,
+            backend=backend,
+            with_max=with_max,
+        )
+        for keys, key_mask, exclude_offset in sources
+    ]
+    lse = functools.reduce(torch.logaddexp, [part for part, _ in parts])
+    loss = F.softplus(lse - positive, threshold=40)  # exact to rounding in float64 too
+    beaten = [top <= positive.detach() for _, top in parts if top is not None]
+    wins = functools.reduce(torch.logical_and, beaten).to(dtype) if beaten else loss.detach()
+    return _Terms(loss, wins, similarity.detach())
+
+
+def _reduce(values: Tensor, valid_mask: Tensor | None, reduction: str) -> Tensor:
+    """Mean over valid entries, sum, or the entries themselves; zero where nothing is valid."""
+    if valid_mask is not None:
+        values = values.masked_fill(~valid_mask, 0.0)
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if valid_mask is not None:
+        return values.sum() / valid_mask.sum().clamp_min(1)
+    return values.sum() / max(values.numel(), 1)
+
+
+def _check_negatives(negatives: str | tuple[str, ...]) -> tuple[str, ...]:
+    names = (negatives,) if isinstance(negatives, str) else negatives
+    known = isinstance(names, tuple) and len(names) > 0 and all(n in NEGATIVES for n in names)
+    if not known or (len(names) > 1 and (len(set(names)) != 2 or "queue" not in names)):
+        raise ValueError(
+            f'negatives must be one of {NEGATIVES}, or a tuple of "queue" with one of the others; '
+            f"got {negatives!r}"
+        )
+    return names

@@ -1,0 +1,104 @@
+"""A ring of teacher vectors that serve as negatives beyond the batch (PCD's memory queue)."""
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_count
+
+# At or below this norm a vector has no direction: PCD's (and F.normalize's) epsilon.
+MIN_NORM = 1e-12
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """`vectors / |vectors|` over the last axis, in their dtype; zero, with zero gradient, at zero.
+
+    The norm is taken in float32 (float64 for float64). NaN and inf give NaN.
+    """
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
+    inverse = norm.masked_fill(norm <= MIN_NORM, torch.inf).reciprocal()
+    return (vectors * inverse).to(vectors.dtype)
+
+
+class PixelQueue(nn.Module):
+    """The newest `size` unit vectors `[size, dim]`, as buffers `keys` and `ptr`.
+
+    It starts as random unit vectors, as in PCD, so that the number of negatives is constant. Both
+    buffers are saved with `state_dict`. Enqueueing between forward and backward is safe: the loss
+    keeps what its backward needs, and never a copy of the queue. Nothing synchronises with the host.
+
+    Args:
+        size: number of vectors, PCD: 65536.
+        dim: their width.
+        device, dtype: of `keys`. Under autocast on a GPU, the autocast dtype saves a conversion of
+            the whole queue at each use.
+
+    Raises:
+        ValueError, TypeError: for a size or dim that is not an int of at least 1.
+
+    Source: `_dequeue_and_enqueue` of the official `pcd/pcd.py`, without its limits: the size need
+    not be a multiple of the batch, and the queue is not cloned at each use.
+    """
+
+    keys: Tensor
+    ptr: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("size", size)
+        check_count("dim", dim)
+        self.size = size
+        self.dim = dim
+        self.register_buffer("keys", torch.empty(size, dim, device=device, dtype=dtype))
+        self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill with random unit vectors from the global generator and set the pointer to 0."""
+        self.keys.copy_(unit_vectors(torch.randn_like(self.keys, dtype=torch.float32)))
+        self.ptr.zero_()
+
+    @torch.no_grad()
+    def enqueue(self, vectors: Tensor) -> None:
+        """Write the L2-normalised vectors `[n, dim]` at the pointer, over the oldest ones.
+
+        Wraps at the end and keeps the newest `size` when n is larger. A row that is not finite, or
+        has no direction, leaves its slot as it was; the pointer moves by n all the same.
+        """
+        if not isinstance(vectors, Tensor) or vectors.dim() != 2 or vectors.shape[1] != self.dim:
+            got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise ValueError(f"vectors must have shape [n, {self.dim}]; got {got}")
+        if not vectors.is_floating_point():
+            raise TypeError(f"vectors must have a floating-point dtype; got {vectors.dtype}")
+        if vectors.device != self.keys.device:
+            raise ValueError(
+                f"vectors must be on the queue's device, {self.keys.device}; got {vectors.device}"
+            )
+        count = vectors.shape[0]
+        newest = vectors[max(0, count - self.size) :]
+        start = self.ptr + (count - newest.shape[0])
+        slots = (start + torch.arange(newest.shape[0], device=self.ptr.device)) % self.size
+        unit = unit_vectors(newest).to(self.keys.dtype)
+        usable = (unit.isfinite() & (unit != 0).any(dim=1, keepdim=True)).all(dim=1, keepdim=True)
+        self.keys.index_copy_(0, slots, torch.where(usable, unit, self.keys[slots]))
+        self.ptr.copy_((self.ptr + count) % self.size)
+
+    def enqueue_pooled(self, teacher_map: Tensor) -> None:
+        """PCD's update: average the map `[B, dim, *spatial]` over space and enqueue the B vectors."""
+        if not isinstance(teacher_map, Tensor) or teacher_map.dim() < 3:
+            got = tuple(teacher_map.shape) if isinstance(teacher_map, Tensor) else teacher_map
+            raise ValueError(f"teacher_map must have shape [B, {self.dim}, *spatial]; got {got}")
+        dtype = torch.promote_types(teacher_map.dtype, torch.float32)
+        self.enqueue(teacher_map.detach().flatten(2).mean(dim=2, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        """Size and width."""
+        return f"size={self.size}, dim={self.dim}"
