@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,6 +29,7 @@ LIMITS = {
     "sm_90": (65536, 228 * 1024, 64, 227 * 1024),
 }
 FORWARD_FLAGS = ("SHIFTED", "HAS_MASK", "EXCLUDE", "WITH_KEY", "WITH_MAX")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -43,12 +45,9 @@ class Case:
 
     @property
     def launch(self) -> tk.Launch:
-        bucket = max(64, tk.padded_width(self.width))
         if self.kernel == "row_lse_grad_keys":
-            return tk.GRAD_KEYS_LAUNCH[bucket]
-        if self.dtype == "fp32":
-            return tk.FLOAT32_LAUNCH[bucket]
-        return tk.LAUNCH_TABLE["sm_90" if self.arch == "sm_90" else "sm_80"][bucket]
+            return tk.GRAD_KEYS_LAUNCH[max(64, tk.padded_width(self.width))]
+        return tk.launch_of(self.arch, DTYPES[self.dtype], self.width, "WITH_MAX" in self.flags)
 
 
 @dataclass(frozen=True)

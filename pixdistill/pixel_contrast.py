@@ -34,9 +34,9 @@ class PixelContrastComponents(NamedTuple):
     loss: Tensor
     """The loss that `forward` returns."""
     accuracy: Tensor
-    """Share of valid pixels whose positive no negative exceeds, in [0, 1]."""
+    """Share of valid pixels whose positive no negative exceeds (ties to 1e-5 count for it)."""
     positive_similarity: Tensor
-    """Mean of <s_i, t_i> over the valid pixels: a cosine in [-1, 1] when vectors are normalised."""
+    """Mean of <s_i, t_i> over the valid pixels, a cosine in [-1, 1] when vectors are normalised."""
 
 
 def pixel_contrast_loss(
@@ -77,7 +77,7 @@ def pixel_contrast_loss(
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
 
     Source: equation of the loss in PCD and its official `pcd/pcd.py`, from which it departs only in
-    that a zero vector has zero gradient there and that negatives are a free choice.
+    that a zero vector has zero gradient here and that negatives are a free choice.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     terms = _contrast(
@@ -145,7 +145,7 @@ class PixelContrastLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: a number, or a tensor of one element with a gradient when it is learnable."""
+        """The temperature tau, a number; a tensor of one element with gradient when learnable."""
         if self.log_temperature is None:
             return self._temperature
         return self.log_temperature.exp()
@@ -227,6 +227,13 @@ def _contrast(
     check_mask(valid_mask, student.shape[:-1], student)
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
+    elif temperature.numel() != 1 or temperature.device != student.device:
+        raise ValueError(
+            f"temperature must be a number, or one element on {student.device}; "
+            f"got shape {tuple(temperature.shape)} on {temperature.device}"
+        )
+    else:
+        temperature = temperature.reshape(()).to(torch.promote_types(student.dtype, torch.float32))
     if not in_batch and queue_keys is None:
         raise ValueError("queue_keys must be given when in_batch is False: there is no negative")
     teacher = teacher.detach()
@@ -246,7 +253,7 @@ def _contrast(
     sources: list[tuple[Tensor, Tensor | None, int | None]] = []
     if in_batch:
         sources.append((teacher, valid_mask, 0))
-    if queue_keys is not None:
+    if queue_keys is not None and (queue_keys.shape[0] > 0 or not in_batch):
         sources.append((queue_keys.detach(), None, None))
     parts = [
         row_lse_and_max(
@@ -263,7 +270,8 @@ def _contrast(
     ]
     lse = functools.reduce(torch.logaddexp, [part for part, _ in parts])
     loss = F.softplus(lse - positive, threshold=40)  # exact to rounding in float64 too
-    beaten = [top <= positive.detach() for _, top in parts if top is not None]
+    reach = positive.detach() + 1e-5 * positive.detach().abs()  # a tie is a tie to rounding only
+    beaten = [top <= reach for _, top in parts if top is not None]
     wins = functools.reduce(torch.logical_and, beaten).to(dtype) if beaten else loss.detach()
     return _Terms(loss, wins, similarity.detach())
 

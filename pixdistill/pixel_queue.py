@@ -25,7 +25,8 @@ class PixelQueue(nn.Module):
 
     It starts as random unit vectors, as in PCD, so that the number of negatives is constant. Both
     buffers are saved with `state_dict`. Enqueueing between forward and backward is safe: the loss
-    keeps what its backward needs, and never a copy of the queue. Nothing synchronises with the host.
+    keeps what its backward needs, and never a copy of the queue (only `backend="reference"` needs the
+    keys again, and PyTorch then raises). Nothing synchronises with the host.
 
     Args:
         size: number of vectors, PCD: 65536.

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import reference, tiled
 from .arguments import BACKENDS as BACKENDS
@@ -52,7 +53,7 @@ def row_lse(
             except under autocast, which casts it as it would for a matrix product.
         keys: `[..., M, D]`, M >= 0. Batch axes broadcast against those of `query`, and keys that are
             shared by a batch are never copied for it. Another dtype than the query's is converted:
-            block by block on the CPU, as one copy for the fused kernel.
+            block by block in the streaming form, as one copy for the fused kernel.
         scale: a number, or a tensor of one element on the query's device. A tensor gets its gradient
             at no extra pass.
         key_mask: `[..., M]` bool, True = the key counts. A hidden key may hold NaN.
@@ -61,8 +62,8 @@ def row_lse(
             one (up to 60; 9 for float16) saves the running maximum. One that does not hold can
             overflow to inf or NaN.
         backend: "triton" is the fused kernel, "torch" the streaming form, "reference" the dense
-            oracle, which also has second-order gradients. "auto" takes "triton" where
-            `why_not_triton` has nothing to say, "torch" elsewhere.
+            oracle, which also has second-order and forward-mode gradients. "auto" takes "triton" on
+            a GPU where `why_not_triton` has nothing to say, "torch" elsewhere.
 
     Returns:
         `[..., N]`, float64 for a float64 query and float32 for all others.
@@ -70,7 +71,7 @@ def row_lse(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a backend that cannot run.
         TypeError: for arguments of the wrong type.
-        RuntimeError: when the fused or streaming form is differentiated twice.
+        RuntimeError: when the fused or streaming form is differentiated twice, or in forward mode.
 
     Example:
         >>> query, keys = torch.randn(2, 6, 8, requires_grad=True), torch.randn(100, 8)
@@ -111,6 +112,10 @@ def row_lse_and_max(
         lse, largest = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
         return lse, largest if with_max else None
 
+    if not torch.compiler.is_compiling() and any(
+        unpack_dual(tensor).tangent is not None for tensor in (query, keys)
+    ):
+        raise RuntimeError('row_lse has no forward-mode gradient; use backend="reference"')
     dtype = tiled.accumulation_dtype(query)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()).to(dtype)
@@ -135,7 +140,8 @@ def row_lse_and_max(
 def why_not_triton(query: Tensor) -> str | None:
     """The reason why the fused kernel does not take this query, or None: what `backend="auto"` asks.
 
-    A pure predicate of device, dtype, width and the global float32 precision.
+    A pure predicate of device, dtype, width (the last axis) and the global float32 precision. Under
+    autocast, ask with a tensor of the autocast dtype.
     """
     if not _has_triton():
         return "the package triton is not installed"
@@ -253,9 +259,10 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(expected_key, largest)
     ctx.set_materialize_grads(False)
     needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
-    # Frozen keys are not kept, so a queue may be overwritten between forward and backward.
+    # Frozen keys are not kept, so a queue may be overwritten between forward and backward. The query
+    # is kept because a second differentiation has to find its way back here, to be refused.
     ctx.save_for_backward(
-        query if needs_keys or needs_scale else None,
+        query,
         keys if needs_keys else None,
         scale,
         key_mask if needs_keys else None,

@@ -3,6 +3,7 @@
 It serves the CPU, float64, features wider than the fused kernel takes, and strict float32 on CUDA.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +38,7 @@ def row_lse(
     largest = torch.full_like(lse, -torch.inf) if with_max else None
     expected = query.new_zeros(query.shape, dtype=query.dtype) if with_expected_key else None
     step_g, step_n, step_m = _block_sizes(query, columns)
+    buffer = query.new_empty(step_g * step_n * step_m, dtype=dtype)
 
     for g in _slices(groups, step_g):
         for n in _slices(rows, step_n):
@@ -44,10 +46,9 @@ def row_lse(
             total = scaled.new_zeros(scaled.shape[:2], dtype=dtype)
             top = torch.full_like(total, -torch.inf)
             weighted = torch.zeros_like(scaled, dtype=dtype) if expected is not None else None
-            buffer = scaled.new_empty((*scaled.shape[:2], min(step_m, columns)), dtype=dtype)
             for m in _slices(columns, step_m):
                 block, seen = _key_block(keys, key_mask, g, m, operand)
-                logits = _product(scaled, block.mT, out=buffer[..., : block.shape[1]])
+                logits = _product(scaled, block.mT, buffer)
                 _hide(logits, seen, exclude_offset, n.start, m.start)
                 if shifted or with_max:
                     new_top = torch.maximum(top, logits.amax(dim=-1))
@@ -87,6 +88,7 @@ def row_lse_grad_keys(
     groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
     grad_keys = keys.new_zeros(keys.shape)
     step_g, step_n, step_m = _block_sizes(query, columns)
+    buffer = query.new_empty(step_g * step_n * step_m, dtype=dtype)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without keys has no probabilities
 
     for g in _slices(groups, step_g):
@@ -95,7 +97,7 @@ def row_lse_grad_keys(
             total = torch.zeros_like(block, dtype=dtype)
             for n in _slices(rows, step_n):
                 scaled = (query[g, n].to(dtype) * scale).to(operand)
-                weights = _product(scaled, block.mT)
+                weights = _product(scaled, block.mT, buffer)
                 _hide(weights, seen, exclude_offset, n.start, m.start)
                 weights.sub_(lse[g, n].unsqueeze(-1)).exp_().mul_(grad_rows[g, n].unsqueeze(-1))
                 total += weights.mT @ query[g, n].to(dtype)
@@ -117,11 +119,12 @@ def _block_sizes(query: Tensor, columns: int) -> tuple[int, int, int]:
     """Groups, queries and keys of a block: a fixed number of logits, whatever the shape."""
     step_n, step_m = _CUDA_BLOCK if query.device.type == "cuda" else _CPU_BLOCK
     held = max(1, min(step_n, query.shape[1]) * min(step_m, columns))
-    return max(1, step_n * step_m // held), step_n, step_m
+    step_g = min(query.shape[0], max(1, step_n * step_m // held))
+    return step_g, min(step_n, query.shape[1]), min(step_m, columns)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+    return (slice(start, min(start + step, length)) for start in range(0, length, max(1, step)))
 
 
 def _key_block(
@@ -147,10 +150,13 @@ def _hide(
             logits.diagonal(offset, dim1=1, dim2=2).fill_(-torch.inf)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Batched `a @ b` with float32 sums and, where the operands are half, a float32 result."""
+def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Batched `a @ b` with float32 sums; in `buffer` unless the operands are half."""
     if a.dtype == torch.float32 or a.dtype == torch.float64:
-        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+        if buffer is None:
+            return torch.bmm(a, b)
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+        return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
     if hasattr(torch.ops.aten.bmm, "dtype"):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b).float()

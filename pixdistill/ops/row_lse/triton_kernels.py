@@ -33,6 +33,7 @@ LAUNCH_TABLE = {
     "sm_90": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
     "sm_80": {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 64, 8, 2)},
 }
+WITH_MAX_LAUNCH = {("sm_90", 256): Launch(128, 32, 8, 3)}  # where one more statistic would spill
 FLOAT32_LAUNCH = {64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 8, 2)}
 GRAD_KEYS_LAUNCH = {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 2), 256: Launch(32, 64, 8, 2)}
 
@@ -206,13 +207,13 @@ def row_lse_grad_keys_kernel(
     )  # fmt: skip
     c = tl.load(scale).to(tl.float32) * LOG2E
     b_acc = tl.zeros([BM, BD], tl.float32)
-    for i_n in range(
-        i_s * tiles_per_split, tl.minimum((i_s + 1) * tiles_per_split, tl.cdiv(N, BN))
-    ):
+    first = i_s * tiles_per_split
+    p_q = query + i_g * stride_qg + (first * BN).to(tl.int64) * stride_qn + o_qd
+    for i_n in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(N, BN))):
         o_n = i_n * BN + tl.arange(0, BN)
         m_n = o_n < N
-        p_q = query + i_g * stride_qg + (i_n * BN).to(tl.int64) * stride_qn
-        b_q = tl.load(p_q + o_qd, mask=m_n[:, None], other=0.0)  # [BN, BD]
+        b_q = tl.load(p_q, mask=m_n[:, None], other=0.0)  # [BN, BD]
+        p_q += BN * stride_qn
         b_lse = tl.load(lse + i_g * N + o_n, mask=m_n, other=float("-inf"))
         b_grad = tl.load(grad_rows + i_g * N + o_n, mask=m_n, other=0.0)
         b_x = _dot(b_k, tl.trans(b_q), PRECISION) * c  # [BM, BN]
@@ -248,7 +249,7 @@ def row_lse(
     """Same contract as `tiled.row_lse`. `splits` and `launch` override the table, for tests."""
     (groups, rows, width), columns = query.shape, keys.shape[1]
     operands = _operands(query, keys)
-    launch = launch or launch_of(operands[0])
+    launch = launch or launch_of(_architecture(query.device), operands[0].dtype, width, with_max)
     n_tiles = triton.cdiv(rows, launch.BN) * groups
     splits, per_split = _split(n_tiles, triton.cdiv(columns, launch.BM), query.device, splits)
 
@@ -322,14 +323,21 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def launch_of(query: Tensor) -> Launch:
-    """The entry of the launch table for this query's device, dtype and width."""
-    bucket = max(64, padded_width(query.shape[-1]))
-    if query.dtype == torch.float32:
+def launch_of(architecture: str, dtype: torch.dtype, width: int, with_max: bool) -> Launch:
+    """The entry of the launch table: sm_90 for Hopper and data-centre Blackwell, sm_80 for others."""
+    bucket = max(64, padded_width(width))
+    if dtype == torch.float32:
         return FLOAT32_LAUNCH[bucket]
-    on_gpu = query.device.type == "cuda"
-    major = torch.cuda.get_device_capability(query.device)[0] if on_gpu else 9
-    return LAUNCH_TABLE["sm_90" if major in (9, 10) else "sm_80"][bucket]
+    table = "sm_90" if architecture in ("sm_90", "sm_100", "sm_103") else "sm_80"
+    usual = LAUNCH_TABLE[table][bucket]
+    return WITH_MAX_LAUNCH.get((table, bucket), usual) if with_max else usual
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sm_90"  # the interpreter, which takes any
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _operands(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

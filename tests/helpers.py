@@ -1,0 +1,126 @@
+"""Truths derived without the library, and comparisons that must fail when they should."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "torch", "triton")
+
+
+def device_of(backend: str) -> str:
+    """Kernels run on a GPU where there is one; the other backends are tested on the CPU."""
+    return TRITON_DEVICE if backend == "triton" else "cpu"
+
+
+@contextmanager
+def matmul_precision(precision: str):
+    """The fused kernel takes float32 at "high", where the interpreter still multiplies exactly."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(autouse=True)
+def high_precision():
+    """Import it into a test module to let its float32 tests reach every backend."""
+    with matmul_precision("high"):
+        yield
+
+
+class Result(NamedTuple):
+    """Values and gradients of one call, on the CPU."""
+
+    value: Tensor
+    grads: tuple[Tensor, ...]
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random unit vectors, from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
+        dtype
+    )
+
+
+def dense_row_lse(query, keys, scale, key_mask=None, exclude_offset=None) -> Tensor:
+    """The truth in float64: boolean selection row by row, no masking arithmetic, no broadcasting."""
+    query, keys = query.double(), keys.double()
+    rows = []
+    for n in range(query.shape[0]):
+        seen = torch.ones(keys.shape[0], dtype=torch.bool) if key_mask is None else key_mask.clone()
+        if exclude_offset is not None and 0 <= n + exclude_offset < keys.shape[0]:
+            seen[n + exclude_offset] = False
+        logits = (keys[seen] * query[n]).sum(dim=1) * scale
+        rows.append(logits.logsumexp(0) if seen.any() else query[n].sum() * 0 - torch.inf)
+    return torch.stack(rows) if rows else query.sum(dim=1)
+
+
+def dense_contrast(
+    student, teacher, temperature, image_of, valid, queue=None, in_batch=True
+) -> Tensor:
+    """The loss of each vector `[N]` in float64, by an explicit loop over anchors.
+
+    `image_of` `[N]` limits in-batch negatives to vectors with the same number.
+    """
+    student, teacher = F.normalize(student.double(), dim=1), F.normalize(teacher.double(), dim=1)
+    losses = []
+    for i in range(student.shape[0]):
+        if not valid[i]:
+            losses.append(student[i].sum() * 0)
+            continue
+        others = (image_of == image_of[i]) & valid
+        others[i] = False
+        pool = [teacher[i : i + 1]]
+        if in_batch:
+            pool.append(teacher[others])
+        if queue is not None:
+            pool.append(queue.double())
+        logits = torch.cat(pool) @ student[i] / temperature
+        losses.append(F.cross_entropy(logits.unsqueeze(0), torch.tensor([0])))
+    return torch.stack(losses)
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    """|ours - truth| / |truth| in the Frobenius norm; infinite where they are not finite alike."""
+    ours, truth = ours.detach().cpu().double(), truth.detach().cpu().double()
+    assert ours.shape == truth.shape, (ours.shape, truth.shape)
+    finite = truth.isfinite()
+    if not torch.equal(
+        ours[~finite].nan_to_num(nan=12345.0), truth[~finite].nan_to_num(nan=12345.0)
+    ):
+        return float("inf")
+    error = (ours[finite] - truth[finite]).norm()
+    if not error.isfinite():
+        return float("inf")
+    return float(error / truth[finite].norm().clamp_min(1e-30))
+
+
+def assert_close(ours: Tensor, truth: Tensor, tolerance: float) -> None:
+    """Relative Frobenius error at most `tolerance`."""
+    error = relative_error(ours, truth)
+    assert error <= tolerance, f"relative error {error:.3g} exceeds {tolerance:.3g}"
+
+
+def assert_within_budget(ours: Tensor, plain: Tensor, truth: Tensor, tiny: float) -> None:
+    """At most twice the error that plain PyTorch makes in the same dtype."""
+    budget = 2 * relative_error(plain, truth) + tiny
+    error = relative_error(ours, truth)
+    assert error <= budget, f"relative error {error:.3g} exceeds the budget {budget:.3g}"
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """A file of official outputs."""
+    with np.load(DATA / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}

@@ -1,0 +1,614 @@
+"""`row_lse` on every backend: values, gradients, properties and edges."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    BACKENDS,
+    assert_close,
+    assert_within_budget,
+    dense_row_lse,
+    device_of,
+    matmul_precision,
+    unit,
+)
+from helpers import high_precision as high_precision
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixdistill.ops.row_lse import row_lse, row_lse_and_max, tiled
+
+FAST = ("torch", "triton")
+FLOAT32 = {
+    "reference": 1e-6,
+    "torch": 2e-6,
+    "triton": 2e-6 if device_of("triton") == "cpu" else 2e-3,
+}
+
+
+def call(backend, query, keys, scale, *, grad_keys=False, cotangent=None, **options):
+    """Value, largest logit and gradients (query, scale, keys) of one backend, on its own device."""
+    device = device_of(backend)
+    query = query.detach().to(device).requires_grad_()
+    keys = keys.detach().to(device).requires_grad_(grad_keys)
+    scale = torch.tensor(scale, dtype=torch.float64, device=device, requires_grad=True)
+    if options.get("key_mask") is not None:
+        options["key_mask"] = options["key_mask"].to(device)
+    value, largest = row_lse_and_max(query, keys, scale, backend=backend, **options)
+    weights = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=device)
+    if cotangent is not None:
+        weights = cotangent.to(device, value.dtype).flatten()
+    live = value.flatten().masked_fill(value.flatten() == -torch.inf, 0.0)
+    inputs = [query, scale, keys] if grad_keys else [query, scale]
+    grads = torch.autograd.grad((live * weights).sum(), inputs)
+    return value.detach().cpu(), largest.cpu(), [g.cpu() for g in grads]
+
+
+def truth(query, keys, scale, key_mask=None, exclude_offset=None):
+    """The same by the row-by-row float64 form, for inputs without batch axes."""
+    query = query.detach().double().requires_grad_()
+    keys = keys.detach().double().requires_grad_()
+    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    value = dense_row_lse(query, keys, scale, key_mask, exclude_offset)
+    weights = torch.linspace(1.0, 2.0, value.numel(), dtype=torch.float64)
+    live = value.masked_fill(value == -torch.inf, 0.0)
+    grads = torch.autograd.grad((live * weights).sum(), [query, scale, keys], allow_unused=True)
+    filled = [
+        torch.zeros_like(x) if g is None else g
+        for g, x in zip(grads, (query, scale, keys), strict=True)
+    ]
+    return value.detach(), filled
+
+
+SIZES = [(1, 1, 1), (7, 123, 5), (123, 7, 24), (65, 131, 16), (37, 252, 64)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [None, 0, -3, 20])
+@pytest.mark.parametrize("bound", [None, 5.0])
+def test_equals_dense_truth(backend, size, masked, offset, bound):
+    rows, columns, width = size
+    if backend == "triton" and size == SIZES[-1] and (masked or offset == -3):
+        columns = 64  # the interpreter is slow
+    query, keys = unit(rows, width, seed=1), unit(columns, width, seed=2)
+    mask = torch.rand(columns, generator=torch.Generator().manual_seed(3)) > 0.4 if masked else None
+    expected, expected_grads = truth(query, keys, 5.0, mask, offset)
+    value, _, grads = call(
+        backend,
+        query.float(),
+        keys.float(),
+        5.0,
+        key_mask=mask,
+        exclude_offset=offset,
+        logit_bound=bound,
+        grad_keys=True,
+    )
+    assert value.dtype == torch.float32
+    assert_close(value, expected, FLOAT32[backend])
+    for ours, right in zip(grads, expected_grads, strict=True):
+        assert (ours - right).norm() <= 5 * FLOAT32[backend] * right.norm() + 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_float64_stays_float64(backend):
+    query, keys = unit(33, 9, seed=1), unit(70, 9, seed=2)
+    expected, expected_grads = truth(query, keys, 5.0, exclude_offset=0)
+    value, _, grads = call(backend, query, keys, 5.0, exclude_offset=0, grad_keys=True)
+    assert value.dtype == torch.float64
+    assert_close(value, expected, 1e-14)
+    for ours, right in zip(grads, expected_grads, strict=True):
+        assert_close(ours, right, 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.2, 0.07])
+def test_error_stays_within_twice_plain_pytorch(backend, dtype, temperature):
+    """Forward, query gradient and key gradient against the float64 truth of the same inputs."""
+    query, keys = unit(61, 32, seed=1, dtype=dtype), unit(200, 32, seed=2, dtype=dtype)
+    scale = 1 / temperature
+    expected, expected_grads = truth(query, keys, scale)
+    plain_query, plain_keys = query.clone().requires_grad_(), keys.clone().requires_grad_()
+    plain = (scale * (plain_query @ plain_keys.T)).logsumexp(dim=1)
+    weights = torch.linspace(1.0, 2.0, 61, dtype=dtype)
+    plain_grads = torch.autograd.grad((plain * weights).sum(), [plain_query, plain_keys])
+    value, _, grads = call(backend, query, keys, scale, logit_bound=scale, grad_keys=True)
+    tiny = 1e-6 if dtype == torch.float32 else 1e-4
+    if backend == "triton" and dtype == torch.float32 and device_of(backend) == "cuda":
+        tiny = 1e-3  # "high" means tf32
+    assert grads[0].dtype == dtype
+    assert grads[2].dtype == dtype
+    assert_within_budget(value, plain, expected, tiny)
+    assert_within_budget(grads[0], plain_grads[0], expected_grads[0], tiny)
+    assert_within_budget(grads[2], plain_grads[1], expected_grads[2], tiny)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_gradients_survive_tiny_cotangents(backend, dtype):
+    """Mean over many pixels: probability times gradient lies far below float16's smallest number."""
+    query, keys = unit(40, 32, seed=1, dtype=dtype), unit(150, 32, seed=2, dtype=dtype)
+    tiny = torch.full((40,), 1e-4)
+    _, _, grads = call(backend, query, keys, 5.0, grad_keys=True, cotangent=tiny)
+    exact = [
+        g.double()
+        for g in call("torch", query.double(), keys.double(), 5.0, grad_keys=True, cotangent=tiny)[
+            2
+        ]
+    ]
+    # compared where float16 can hold the result at all
+    holds = exact[2].abs() > (6e-5 if dtype == torch.float16 else 0)
+    assert ((grads[2].double() - exact[2]).abs()[holds] <= 0.02 * exact[2].abs().max()).all()
+    assert (grads[2].double() - exact[2]).norm() <= 0.02 * exact[2].norm() + 1e-6
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bound", [None, "given"])
+@pytest.mark.parametrize("scale", [5.0, 8.9, 14.3, 59.0, 300.0])
+def test_range_of_both_maxima(backend, dtype, bound, scale):
+    """Logits at both ends of the bound at once: nothing overflows, nothing is lost."""
+    axis = torch.zeros(1, 16, dtype=dtype)
+    axis[0, 0] = 1.0
+    query = torch.cat([axis, -axis, axis * 0])
+    keys = torch.cat([axis, -axis, -axis]) if bound is None else torch.cat([-axis, -axis, axis])
+    limit = scale if bound == "given" else None
+    expected, expected_grads = truth(query, keys, scale)
+    value, _, grads = call(backend, query, keys, scale, logit_bound=limit)
+    assert_close(
+        value, expected, 1e-6 if backend != "triton" or device_of(backend) == "cpu" else 1e-3
+    )
+    assert_close(grads[0], expected_grads[0], 2e-2 if dtype != torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 5, 8), (7, 8), None),
+        ((2, 5, 8), (2, 7, 8), (2, 7)),
+        ((5, 8), (3, 7, 8), (7,)),
+        ((4, 1, 5, 8), (3, 7, 8), None),
+        ((4, 2, 5, 8), (4, 1, 7, 8), (7,)),
+        ((2, 5, 8), (7, 8), (2, 7)),
+        ((2, 1, 5, 8), (2, 1, 7, 8), (1, 3, 7)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("offset", [None, 1])
+def test_batch_axes_broadcast(backend, shapes, offset):
+    query, keys = unit(*shapes[0], seed=1), unit(*shapes[1], seed=2)
+    generator = torch.Generator().manual_seed(3)
+    mask = None if shapes[2] is None else torch.rand(*shapes[2], generator=generator) > 0.3
+    value, largest, grads = call(
+        backend,
+        query.float(),
+        keys.float(),
+        3.0,
+        key_mask=mask,
+        exclude_offset=offset,
+        grad_keys=True,
+    )
+
+    batch = torch.broadcast_shapes(
+        shapes[0][:-2], shapes[1][:-2], () if mask is None else mask.shape[:-1]
+    )
+    q, k = query.clone().requires_grad_(), keys.clone().requires_grad_()
+    all_q, all_k = q.expand(*batch, *q.shape[-2:]), k.expand(*batch, *k.shape[-2:])
+    all_m = None if mask is None else mask.expand(*batch, mask.shape[-1])
+    expected = torch.empty(*batch, q.shape[-2], dtype=torch.float64)
+    for index in itertools.product(*map(range, batch)):
+        part = None if all_m is None else all_m[index]
+        expected[index] = dense_row_lse(all_q[index], all_k[index], 3.0, part, offset)
+    weights = torch.linspace(1.0, 2.0, expected.numel(), dtype=torch.float64).view(expected.shape)
+    live = expected.masked_fill(expected == -torch.inf, 0.0)
+    right = torch.autograd.grad((live * weights).sum(), [q, k])
+    assert value.shape == expected.shape == largest.shape
+    assert_close(value, expected, FLOAT32[backend])
+    assert_close(grads[0], right[0], 10 * FLOAT32[backend])
+    assert_close(grads[2], right[1], 10 * FLOAT32[backend])
+
+
+def test_shared_keys_are_never_copied(monkeypatch):
+    """One bank for a batch, and one bank with a mask per batch entry, reach the kernel in place."""
+    seen = []
+    original = tiled.row_lse
+
+    def spy(query, keys, *args, **options):
+        seen.append(keys)
+        return original(query, keys, *args, **options)
+
+    monkeypatch.setattr(tiled, "row_lse", spy)
+    bank = unit(50, 8, dtype=torch.float32)
+    row_lse(unit(6, 3, 4, 8, dtype=torch.float32), bank, 1.0)
+    row_lse(unit(6, 4, 8, dtype=torch.float32), bank, 1.0, key_mask=torch.ones(6, 50).bool())
+    row_lse(unit(6, 4, 8, dtype=torch.float32), bank, 1.0, exclude_offset=0)
+    assert [keys.data_ptr() for keys in seen] == [bank.data_ptr()] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_equal_contiguous_ones(backend):
+    query, keys = unit(2, 16, 24, seed=1).float(), unit(2, 30, 24, seed=2).float()
+    mask = torch.arange(60).view(2, 30) % 3 > 0
+    expected = call(backend, query, keys, 4.0, key_mask=mask, grad_keys=True)
+    forms = {
+        "channels first": lambda x: x.mT.contiguous().mT,
+        "sliced": lambda x: torch.stack([x, x + 1], dim=2).flatten(1, 2)[:, ::2],
+        "padded rows": lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],
+        "batch last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    }
+    wide_mask = torch.stack([mask, ~mask], dim=2).flatten(1)[:, ::2]
+    for name, form in forms.items():
+        assert not form(query).is_contiguous(), name
+        ours = call(backend, form(query), form(keys), 4.0, key_mask=wide_mask, grad_keys=True)
+        assert_close(ours[0], expected[0], 1e-6)
+        for a, b in zip(ours[2], expected[2], strict=True):
+            assert_close(a, b, 2e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_offsets_beyond_32_bits(backend):
+    """Views whose second entry starts 2^31 elements on; untouched pages cost no memory."""
+    big = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device_of(backend))
+    keys = big.as_strided((2, 20, 16), (2**31, 16, 1))
+    rows = big.as_strided((3, 16), (2**30, 1))
+    values = unit(2, 20, 16, seed=2, dtype=torch.bfloat16).to(big.device)
+    query = unit(2, 9, 16, seed=1, dtype=torch.bfloat16).to(big.device)
+    keys.copy_(values)
+    assert torch.equal(
+        row_lse(query, keys, 5.0, backend=backend), row_lse(query, values, 5.0, backend=backend)
+    )
+    rows.copy_(values[0, :3])
+    far, near = (row_lse(query[0], k, 5.0, backend=backend) for k in (rows, values[0, :3]))
+    assert torch.equal(far, near)
+    far, near = (row_lse(q, values[0], 5.0, backend=backend) for q in (rows, values[0, :3]))
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_key_at_all(backend):
+    device = device_of(backend)
+    query = unit(3, 8, dtype=torch.float32).to(device).requires_grad_()
+    empty = row_lse(query, query.new_empty(0, 8), 2.0, backend=backend)
+    assert torch.equal(empty.cpu(), torch.full((3,), -torch.inf))
+    hidden = torch.zeros(5, dtype=torch.bool, device=device)
+    keys = torch.randn(5, 8, device=device, requires_grad=True)
+    none, largest = row_lse_and_max(query, keys, 2.0, key_mask=hidden, backend=backend)
+    assert torch.equal(none.cpu(), torch.full((3,), -torch.inf))
+    assert torch.equal(largest.cpu(), torch.full((3,), -torch.inf))
+    loss = torch.nn.functional.softplus(none).sum() + torch.nn.functional.softplus(empty).sum()
+    loss.backward()
+    assert torch.equal(query.grad.cpu(), torch.zeros(3, 8))
+    assert torch.equal(keys.grad.cpu(), torch.zeros(5, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_query_at_all(backend):
+    device = device_of(backend)
+    query = torch.empty(2, 0, 8, device=device, requires_grad=True)
+    keys = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    value, largest = row_lse_and_max(query, keys, 2.0, backend=backend)
+    assert value.shape == largest.shape == (2, 0)
+    value.sum().backward()
+    assert query.grad.shape == (2, 0, 8)
+    assert torch.equal(keys.grad.cpu(), torch.zeros(2, 5, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_largest_logit_sees_neither_mask_nor_diagonal(backend):
+    keys = unit(20, 8, seed=5).float()
+    query = keys[:12].clone()  # the excluded key would win
+    mask = torch.arange(20) % 4 != 3
+    _, largest, _ = call(backend, query, keys, 5.0, key_mask=mask, exclude_offset=0)
+    logits = 5.0 * query.double() @ keys.double().T
+    logits[:, ~mask] = -torch.inf
+    logits.fill_diagonal_(-torch.inf)
+    assert_close(largest, logits.amax(dim=1), FLOAT32[backend])
+    _, bounded, _ = call(
+        backend, query, keys, 5.0, key_mask=mask, exclude_offset=0, logit_bound=5.0
+    )
+    assert_close(bounded, logits.amax(dim=1), FLOAT32[backend])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, under the interpreter
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", [None, 5.0])
+def test_nan_shows_unless_hidden(backend, bound):
+    keys = unit(9, 8, seed=1).float()
+    keys[4] = torch.nan
+    query = unit(5, 8, seed=2).float()
+    device = device_of(backend)
+    shown = row_lse(query.to(device), keys.to(device), 5.0, logit_bound=bound, backend=backend)
+    assert shown.isnan().all()
+    mask = torch.arange(9) != 4
+    hidden, _, grads = call(
+        backend,
+        query,
+        keys,
+        5.0,
+        key_mask=mask,
+        logit_bound=bound,
+        grad_keys=backend != "reference",
+    )
+    expected, expected_grads = truth(query, keys[mask], 5.0)
+    if backend != "reference":  # dense autograd multiplies the hidden NaN by zero
+        assert_close(hidden, expected, FLOAT32[backend])
+        assert_close(grads[0], expected_grads[0], 10 * FLOAT32[backend])
+        assert_close(grads[2][mask], expected_grads[2], 10 * FLOAT32[backend])
+        assert torch.equal(grads[2][4], torch.zeros(8))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_same_bits_twice(backend):
+    query, keys = unit(70, 16, seed=1).float(), unit(90, 16, seed=2).float()
+    one, two = (call(backend, query, keys, 5.0, grad_keys=True) for _ in range(2))
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(a, b) for a, b in zip(one[2], two[2], strict=True))
+
+
+def test_gradcheck():
+    query = unit(2, 6, 3, seed=1).requires_grad_()
+    keys = unit(7, 3, seed=2).requires_grad_()
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True, True, False, True, True, True, False])
+    for backend, offset, bound in itertools.product(
+        ("reference", "torch"), (None, 0, 2), (None, 9.0)
+    ):
+        assert torch.autograd.gradcheck(
+            lambda q, k, s, o=offset, m=bound, b=backend: row_lse(
+                q, k, s, key_mask=mask, exclude_offset=o, logit_bound=m, backend=b
+            ),
+            (query, keys, scale),
+        )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_order_raises_and_reference_is_right(backend):
+    device = device_of(backend)
+    keys = unit(7, 4, seed=2).float().to(device)
+    query = unit(5, 4, seed=1).float().to(device).requires_grad_()
+    (grad,) = torch.autograd.grad(
+        row_lse(query, keys, 2.0, backend=backend).sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        grad.square().sum().backward()
+    double = query.detach().cpu().double().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda q: row_lse(q, keys.cpu().double(), 2.0, backend="reference"), (double,)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+def test_forward_mode_raises_and_reference_is_right():
+    query, keys = unit(5, 4, seed=1), unit(7, 4, seed=2)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.jvp(lambda q: row_lse(q, keys, 2.0), (query,), (query,))
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.jvp(lambda k: row_lse(query, k, 2.0), (keys,), (keys,))
+    _, tangent = torch.func.jvp(
+        lambda q: row_lse(q, keys, 2.0, backend="reference"), (query,), (query,)
+    )
+    step = 1e-6
+    ends = [row_lse(query * (1 + s), keys, 2.0) for s in (step, -step)]
+    assert_close(tangent, (ends[0] - ends[1]) / (2 * step), 1e-7)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nothing_is_computed_for_a_gradient_that_nobody_wants(backend, monkeypatch):
+    if backend == "torch":
+        module = tiled
+    else:
+        from pixdistill.ops.row_lse import triton_kernels as module
+    asked = []
+    original = module.row_lse
+
+    def spy(*args, **options):
+        asked.append(options["with_expected_key"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "row_lse", spy)
+    device = device_of(backend)
+    frozen, live = (
+        torch.randn(4, 8, device=device),
+        torch.randn(4, 8, device=device, requires_grad=True),
+    )
+    row_lse(frozen, frozen, 1.0, backend=backend)
+    with torch.no_grad():
+        row_lse(live, frozen, 1.0, backend=backend)
+    row_lse(frozen, live, 1.0, backend=backend)  # the keys' gradient is a pass of its own
+    row_lse(live, frozen, 1.0, backend=backend)
+    row_lse(frozen, frozen, torch.ones((), device=device, requires_grad=True), backend=backend)
+    assert asked == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_as_for_a_matrix_product(dtype):
+    query, keys = unit(20, 16, seed=1).float().requires_grad_(), unit(40, 16, seed=2).float()
+    with torch.autocast("cpu", dtype=dtype):
+        value = row_lse(query, keys, 14.0)
+    explicit = row_lse(query.detach().to(dtype), keys, 14.0)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, explicit)
+    value.sum().backward()
+    assert query.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=dtype):
+        assert row_lse(query.double(), keys, 14.0).dtype == torch.float64
+
+
+# --- Properties -----------------------------------------------------------------------------------
+
+problems = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 40),
+        "columns": st.integers(1, 70),
+        "width": st.integers(1, 20),
+        "scale": st.floats(0.5, 20.0),
+        "bounded": st.booleans(),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def make(problem):
+    query = unit(problem["rows"], problem["width"], seed=problem["seed"]).float()
+    keys = unit(problem["columns"], problem["width"], seed=problem["seed"] + 1).float()
+    return (
+        query,
+        keys,
+        problem["scale"],
+        {"logit_bound": problem["scale"] if problem["bounded"] else None},
+    )
+
+
+def assert_same(ours, others, tolerance=1e-5):
+    for a, b in zip((ours[0], *ours[2]), (others[0], *others[2]), strict=True):
+        assert torch.equal(a == -torch.inf, b == -torch.inf)
+        a, b = a.masked_fill(a == -torch.inf, 0.0), b.masked_fill(b == -torch.inf, 0.0)
+        assert (a - b).norm() <= tolerance * (b.norm() + 1)
+
+
+def all_backends(test):
+    return pytest.mark.parametrize("backend", BACKENDS)(
+        given(problem=problems, data=st.data())(test)
+    )
+
+
+@all_backends
+def test_backends_agree(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    offset = data.draw(st.none() | st.integers(-problem["columns"], problem["rows"]))
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(keys), max_size=len(keys))))
+    options |= {"exclude_offset": offset, "key_mask": mask, "grad_keys": True}
+    assert_same(
+        call(backend, query, keys, scale, **options),
+        call("reference", query, keys, scale, **options),
+    )
+
+
+@all_backends
+def test_order_of_keys_does_not_matter_and_order_of_queries_permutes(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    ours = call(backend, query, keys, scale, cotangent=torch.ones(len(query)), **options)
+    flipped = call(
+        backend, query.flip(0), keys.flip(0), scale, cotangent=torch.ones(len(query)), **options
+    )
+    assert_same((flipped[0].flip(0), None, [flipped[2][0].flip(0), flipped[2][1]]), ours)
+
+
+@all_backends
+def test_splitting_the_keys_and_joining_changes_nothing(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    cut = data.draw(st.integers(0, len(keys)))
+    whole = call(backend, query, keys, scale, **options)
+    parts = [call(backend, query, part, scale, **options)[0] for part in (keys[:cut], keys[cut:])]
+    assert_close(torch.logaddexp(*parts), whole[0], 1e-5)
+
+
+@all_backends
+def test_duplicating_the_keys_adds_log_2(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    one, two = (call(backend, query, k, scale, **options) for k in (keys, torch.cat([keys, keys])))
+    assert_same((two[0] - torch.log(torch.tensor(2.0)), None, two[2]), one)
+
+
+@all_backends
+def test_a_masked_key_changes_nothing(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    place = data.draw(st.integers(0, len(keys)))
+    more = torch.cat([keys[:place], torch.full((1, keys.shape[1]), 7.0), keys[place:]])
+    mask = torch.arange(len(more)) != place
+    assert_same(
+        call(backend, query, more, scale, key_mask=mask, **options),
+        call(backend, query, keys, scale, **options),
+    )
+
+
+@all_backends
+def test_scale_moves_between_query_and_factor(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    factor = data.draw(st.floats(0.25, 4.0))
+    assert_close(
+        call(backend, query * factor, keys, scale / factor, **options)[0],
+        call(backend, query, keys, scale, **options)[0],
+        1e-5,
+    )
+
+
+@all_backends
+def test_rotating_both_sides_changes_nothing(backend, problem, data):
+    query, keys, scale, options = make(problem)
+    generator = torch.Generator().manual_seed(problem["seed"])
+    rotation = torch.linalg.qr(torch.randn(query.shape[1], query.shape[1], generator=generator))[0]
+    ours = call(backend, query @ rotation, keys @ rotation, scale, **options)
+    assert_same(
+        (ours[0], None, [ours[2][0] @ rotation.T, ours[2][1]]),
+        call(backend, query, keys, scale, **options),
+    )
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+Q, K = torch.randn(3, 4), torch.randn(5, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments", "options"),
+    [
+        (TypeError, "query must be a tensor", ([1.0], K, 1.0), {}),
+        (TypeError, "keys must have a floating-point dtype", (Q, K.long(), 1.0), {}),
+        (ValueError, r"query must have shape \[..., rows, D\]", (Q[0], K, 1.0), {}),
+        (ValueError, "share a feature width", (Q, K[:, :3], 1.0), {}),
+        (ValueError, "width of 1 to 8192", (Q[:, :0], K[:, :0], 1.0), {}),
+        (ValueError, "width of 1 to 8192", (torch.zeros(1, 8193), torch.zeros(1, 8193), 1.0), {}),
+        (ValueError, "keys must be on query's device", (Q, K.to("meta"), 1.0), {}),
+        (TypeError, "scale must be a number", (Q, K, "5"), {}),
+        (TypeError, "scale must be a number", (Q, K, True), {}),
+        (ValueError, "scale must be a number, or one", (Q, K, torch.ones(2)), {}),
+        (ValueError, "scale must be a number, or one", (Q, K, torch.ones((), device="meta")), {}),
+        (TypeError, "key_mask must be a bool tensor", (Q, K, 1.0), {"key_mask": torch.ones(5)}),
+        (TypeError, "key_mask must be a bool tensor", (Q, K, 1.0), {"key_mask": [True] * 5}),
+        (ValueError, "one entry a key, 5; got 4", (Q, K, 1.0), {"key_mask": torch.ones(4).bool()}),
+        (ValueError, "key_mask must be .* on query's device", (Q, K, 1.0), {"key_mask": torch.ones(5, device="meta").bool()}),
+        (TypeError, "exclude_offset must be an int", (Q, K, 1.0), {"exclude_offset": 1.5}),
+        (TypeError, "exclude_offset must be an int", (Q, K, 1.0), {"exclude_offset": True}),
+        (ValueError, "logit_bound must be", (Q, K, 1.0), {"logit_bound": -1.0}),
+        (ValueError, "logit_bound must be", (Q, K, 1.0), {"logit_bound": float("nan")}),
+        (ValueError, "backend must be one of", (Q, K, 1.0), {"backend": "cuda"}),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(error, words, arguments, options):
+    with pytest.raises(error, match=words):
+        row_lse(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "query"),
+    [
+        ("width 256", torch.randn(3, 300, dtype=torch.bfloat16)),
+        ("width 128", torch.randn(3, 129)),
+        ("no torch.float64 form", torch.randn(3, 8, dtype=torch.float64)),
+        ('"highest" asks for exact products', torch.randn(3, 8)),
+    ],
+)
+def test_triton_says_why_it_cannot_run(words, query):
+    query = query.to(device_of("triton"))
+    with matmul_precision("highest"), pytest.raises(ValueError, match=words):
+        row_lse(query, query, 1.0, backend="triton")
+    row_lse(query, query, 1.0, backend="auto")
+
+
+def test_triton_is_not_taken_on_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="runs on CUDA"):
+        row_lse(Q, K, 1.0, backend="triton")
+    assert torch.equal(row_lse(Q, K, 1.0), row_lse(Q, K, 1.0, backend="torch"))
+
+
+def test_triton_is_not_taken_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("pixdistill.ops.row_lse._has_triton", lambda: False)
+    with pytest.raises(ValueError, match="not installed"):
+        row_lse(Q, K, 1.0, backend="triton")
+    row_lse(Q, K, 1.0)
