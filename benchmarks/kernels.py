@@ -1,17 +1,18 @@
 """Compile every entry of the launch table for real GPUs, without one, and report what came out.
 
-`python -m benchmarks kernels` prints registers, spills, shared memory, programs a multiprocessor and
-tensor-core instructions for each. Nothing runs: Triton compiles ahead of time, and the `cuobjdump`
+`python -m benchmarks kernels` prints registers, spills, shared memory, programs per multiprocessor
+and tensor-core instructions for each. Nothing runs: Triton compiles ahead of time, and the `cuobjdump`
 that it ships reads the binary.
 """
 
+import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from triton.compiler import ASTSource
 
 from pixdistill.ops.row_lse import triton_kernels as tk
 
-from .report import table
+from . import report
 
 # Registers, shared memory (bytes) and warps of a multiprocessor, and shared memory of one program.
 LIMITS = {
@@ -112,12 +113,12 @@ def compile_case(case: Case) -> Compiled:
 
 
 def _argument_types(case: Case) -> dict[str, str]:
-    pointers = {name: f"*{case.dtype}" for name in ("query", "keys", "expected_key", "grad_keys")}
-    pointers |= {name: "*fp32" for name in ("scale", "lse", "largest", "grad_rows")}
+    pointers = dict.fromkeys(("query", "keys", "expected_key", "grad_keys"), f"*{case.dtype}")
+    pointers |= dict.fromkeys(("scale", "lse", "largest", "grad_rows"), "*fp32")
     pointers["key_mask"] = "*u8"
     integers = ("G", "N", "M", "D", "tiles_per_split", "exclude_offset")
     strides = [f"stride_{side}" for side in ("qg", "qn", "qd", "kg", "km", "kd", "mg", "mm")]
-    return pointers | {name: "i32" for name in (*integers, *strides)}
+    return pointers | dict.fromkeys((*integers, *strides), "i32")
 
 
 def _read(built: "triton.compiler.CompiledKernel", case: Case) -> Compiled:
@@ -126,8 +127,7 @@ def _read(built: "triton.compiler.CompiledKernel", case: Case) -> Compiled:
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         sass = _cuobjdump("-sass", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     total, shared_total, warps_total, shared_most = LIMITS[case.arch]
     shared, warps = built.metadata.shared, case.launch.warps
@@ -145,3 +145,48 @@ def _cuobjdump(option: str, path: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), option, path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m benchmarks kernels`."""
+    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=["sm_80", "sm_90"])
+    parser.add_argument(
+        "--output", type=Path, default=report.RESULTS, help="folder of the JSON file"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compile, print, save; the exit status counts entries that spill or miss the tensor cores."""
+    from tqdm import tqdm
+
+    records = []
+    for case in tqdm(list(cases(tuple(arguments.arch))), unit="kernel", disable=None):
+        built = compile_case(case)
+        records.append(
+            {"kernel": case.kernel, "arch": case.arch, "dtype": case.dtype, "D": case.width}
+            | {"flags": sorted(case.flags), "launch": list(case.launch)}
+            | asdict(built)
+        )
+    print(report.table([_row(record) for record in records]))
+    bad = [r for r in records if r["spills"] or not r["tensor_core"] or not r["programs"]]
+    path = report.save("kernels", records, "cpu", arguments.output)
+    print(f"\n{len(records)} kernels, {len(bad)} with a spill, without tensor cores or too large")
+    print(f"written: {path}")
+    return len(bad)
+
+
+def _row(record: dict[str, Any]) -> dict[str, str]:
+    rows, columns, warps, stages = record["launch"]
+    return {
+        "kernel": record["kernel"],
+        "arch": record["arch"],
+        "dtype": record["dtype"],
+        "D": str(record["D"]),
+        "variant": " ".join(record["flags"]).lower() or "lse only",
+        "tile": f"{rows}x{columns} w{warps} s{stages}",
+        "registers": str(record["registers"]),
+        "spills": str(record["spills"]),
+        "shared KiB": str(record["shared"] // 1024),
+        "programs/SM": str(record["programs"]),
+        "tensor-core": str(record["tensor_core"]),
+    }

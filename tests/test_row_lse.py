@@ -552,6 +552,7 @@ def test_rotating_both_sides_changes_nothing(backend, problem, data):
 # --- Arguments ------------------------------------------------------------------------------------
 
 Q, K = torch.randn(3, 4), torch.randn(5, 4)
+META_MASK = torch.ones(5, dtype=torch.bool, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,7 @@ Q, K = torch.randn(3, 4), torch.randn(5, 4)
         (TypeError, "key_mask must be a bool tensor", (Q, K, 1.0), {"key_mask": torch.ones(5)}),
         (TypeError, "key_mask must be a bool tensor", (Q, K, 1.0), {"key_mask": [True] * 5}),
         (ValueError, "one entry a key, 5; got 4", (Q, K, 1.0), {"key_mask": torch.ones(4).bool()}),
-        (ValueError, "key_mask must be .* on query's device", (Q, K, 1.0), {"key_mask": torch.ones(5, device="meta").bool()}),
+        (ValueError, "key_mask must be .* on query's device", (Q, K, 1.0), {"key_mask": META_MASK}),
         (TypeError, "exclude_offset must be an int", (Q, K, 1.0), {"exclude_offset": 1.5}),
         (TypeError, "exclude_offset must be an int", (Q, K, 1.0), {"exclude_offset": True}),
         (ValueError, "logit_bound must be", (Q, K, 1.0), {"logit_bound": -1.0}),

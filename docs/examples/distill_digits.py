@@ -286,12 +286,13 @@ class Result:
     def table(self) -> str:
         """Lay out the scores by seed, then their mean and standard deviation."""
         columns = (self.alone, self.distilled, self.differences)
-        rows = [(f"seed {i}", *row) for i, row in enumerate(zip(*columns, strict=True))]
-        rows.append(("mean", *map(fmean, columns)))
+        rows: dict[str, tuple[float, ...]]
+        rows = {f"seed {i}": row for i, row in enumerate(zip(*columns, strict=True))}
+        rows["mean"] = tuple(map(fmean, columns))
         if len(self.alone) > 1:
-            rows.append(("std. deviation", *map(stdev, columns)))
+            rows["std. deviation"] = tuple(map(stdev, columns))
         lines = [f"{'mean IoU, %':<16}{'alone':>8}{'distilled':>12}{'difference':>13}"]
-        lines += [f"{name:<16}{a:8.2f}{d:12.2f}{x:13.2f}" for name, a, d, x in rows]
+        lines += [f"{name:<16}{a:8.2f}{d:12.2f}{x:13.2f}" for name, (a, d, x) in rows.items()]
         return "\n".join(lines)
 
 

@@ -1,0 +1,22 @@
+"""`python -m benchmarks row_lse | kernels`: see each command's `--help`."""
+
+import argparse
+
+from . import kernels, row_lse
+
+COMMANDS = {"row_lse": row_lse, "kernels": kernels}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").partition("\n")[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__))
+    arguments = parser.parse_args(argv)
+    return COMMANDS[arguments.command].run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

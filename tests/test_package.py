@@ -1,0 +1,210 @@
+"""What holds for the package as a whole: imports, memory, examples and documentation."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+PACKAGE = ROOT / "pixdistill"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = {"functional": 3, "pixel_contrast": 2, "pixel_queue": 1, "_checks": 0, "ops": 0}
+"""Who may import whom: only lower numbers. The package's own __init__ is above them all."""
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> str:
+    """Output of a fresh interpreter in the repository's root, without Triton's interpreter."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=clean, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imports_of(path) -> list[str]:
+    """Absolute names of everything that a file imports, at any depth of its code."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = parts[:-1]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split(".")))
+            names += [f"{module}.{alias.name}".replace("..", ".") for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for name in imports_of(path):
+        if name.startswith("triton"):
+            assert parts[-1] == "triton_kernels", f"{path} imports {name}"
+        if not name.startswith("pixdistill.") or parts == ("__init__",):
+            continue
+        target = name.split(".")[1:]
+        if parts[0] != "ops":
+            assert LAYERS[target[0]] < LAYERS[parts[0]], f"{path} imports {name}"
+        else:
+            assert target[0] == "ops", f"{path} imports {name}"
+            if parts[-1] == "reference":
+                pytest.fail(f"the oracle shares no code, but imports {name}")
+            if parts[-1] in ("tiled", "triton_kernels", "arguments"):
+                pytest.fail(f"{path} imports {name}")
+
+
+def test_import_loads_neither_triton_nor_anything_for_demos():
+    loaded = run(
+        "-c",
+        "import sys, torch; a = set(sys.modules); import pixdistill; print(sorted(set(sys.modules) - a))",
+    )
+    names = {name.split(".")[0] for name in ast.literal_eval(loaded)}
+    assert not names & {"triton", "sklearn", "matplotlib", "tqdm", "numpy"}
+
+
+def test_works_where_triton_is_missing():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, pixdistill
+student = torch.randn(2, 8, 4, 4, requires_grad=True)
+pixdistill.PixelContrastLoss()(student, torch.randn(2, 8, 4, 4)).backward()
+assert student.grad.isfinite().all()
+"""
+    run("-c", code)
+
+
+def test_peak_memory_never_holds_n_by_m():
+    """N = M = 4096 in a fresh process: a matrix of logits is 64 MiB, and dense code holds several."""
+
+    def rise(name):
+        return int(
+            run(
+                "-m",
+                "benchmarks",
+                "row_lse",
+                "--measure-memory",
+                name,
+                "4096",
+                "4096",
+                "32",
+                "float32",
+            )
+        )
+
+    dense, streamed = rise("plain torch"), rise("ours: torch")
+    assert dense > 2 * 4096 * 4096 * 4  # the measurement sees what it should
+    assert streamed < 16 * 2**20
+
+
+def test_peak_memory_of_the_loss_with_components_and_mask():
+    code = """
+import pathlib, torch, pixdistill
+def status(key):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return int(text.split(key + ":")[1].split()[0]) * 1024
+loss = pixdistill.PixelContrastLoss(negatives=("queue", "batch"), queue=pixdistill.PixelQueue(4096, 16))
+def step(size):
+    student = torch.randn(1, 16, size, size, requires_grad=True)
+    valid = torch.rand(1, size, size) > 0.2
+    loss.components(student, torch.randn(1, 16, size, size), valid_mask=valid).loss.backward()
+step(8)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+step(64)
+print(status("VmHWM") - before)
+"""
+    assert int(run("-c", code)) < 24 * 2**20  # 4096 pixels: one matrix of logits is 64 MiB
+
+
+def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
+    """For sm_80 and sm_90, without a GPU. Every row of the report counts."""
+    out = run(
+        "-m",
+        "benchmarks",
+        "kernels",
+        "--output",
+        str(tmp_path),
+        env={"TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert "0 with a spill" in out
+    records = json.loads((tmp_path / "kernels.json").read_text())["records"]
+    assert {(r["arch"], r["D"]) for r in records} == {
+        (a, d) for a in ("sm_80", "sm_90") for d in (64, 128, 256)
+    }
+    for record in records:
+        assert record["spills"] == 0, record
+        assert record["tensor_core"] > 0, record
+        assert record["programs"] >= 1, record
+        if record["arch"] == "sm_80":  # the table that smaller GPUs share: 99 KiB a program
+            assert record["shared"] <= 99 * 1024, record
+
+
+def test_row_lse_benchmark_runs(tmp_path):
+    out = run(
+        "-m",
+        "benchmarks",
+        "row_lse",
+        "--size",
+        "64",
+        "96",
+        "8",
+        "--rounds",
+        "1",
+        "--output",
+        str(tmp_path),
+    )
+    assert "ours: torch" in out
+    records = json.loads((tmp_path / "row_lse_cpu_float32.json").read_text())["records"]
+    exact = {r["provider"]: r for r in records if r.get("grad_error") is not None}
+    assert {"plain torch", "ours: torch", "ours: reference"} <= set(exact)
+    assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact.values())
+    assert (tmp_path / "row_lse_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_distill_digits_smoke(tmp_path):
+    picture = tmp_path / "digits.png"
+    options = ("--seeds", "1", "--steps", "3", "--teacher-steps", "3", "--test-scenes", "8")
+    for loss in ("pcd", "pcd-queue"):
+        out = run(
+            "docs/examples/distill_digits.py", *options, "--loss", loss, "--output", str(picture)
+        )
+        assert "Verdict" in out or "difference" in out.lower()
+    assert picture.stat().st_size > 20_000
+
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_on_the_pages_runs(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    if blocks:
+        run("-W", "error", "-c", "\n".join(blocks))
+    assert page.read_text().startswith("#") or "{" in page.read_text()
+
+
+def test_no_host_synchronisation_in_the_package():
+    """No call that waits for a GPU; `tests/test_row_lse_compiled.py` captures a graph on one."""
+    waits = re.compile(r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|nonzero\(|synchronize\(")
+    for path in MODULES:
+        assert not waits.search(path.read_text()), path
+
+
+def test_readme_commands_are_those_of_ci():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest'
+    assert command in readme
+    assert command in ci
+    assert (
+        'python -m pip install -c constraints.txt ".[demo]" && python docs/examples/distill_digits.py'
+        in readme
+    )

@@ -1,0 +1,262 @@
+"""`row_lse` as an operator: opcheck, torch.compile, and the kernels' own launch options."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import TRITON_DEVICE, assert_close, unit
+from helpers import high_precision as high_precision
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pixdistill.ops.row_lse import (
+    row_lse,
+    row_lse_and_max,
+    row_lse_grad_keys_op,
+    row_lse_op,
+    tiled,
+    triton_kernels,
+)
+
+LAUNCH = triton_kernels.Launch(BN=32, BM=16, warps=4, stages=2)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("offset", [None, 1])
+def test_opcheck(mask, offset):
+    query, keys = unit(2, 6, 4, seed=1).requires_grad_(), unit(2, 7, 4, seed=2).requires_grad_()
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    key_mask = torch.arange(14).view(2, 7) % 3 > 0 if mask else None
+    for expected_key, largest in itertools.product((True, False), repeat=2):
+        torch.library.opcheck(
+            row_lse_op,
+            (query, keys, scale, key_mask, offset, 4.0, "torch", expected_key, largest),
+            test_utils=("test_schema", "test_faketensor")
+            if not expected_key
+            else (
+                "test_schema",
+                "test_faketensor",
+                "test_autograd_registration",
+                "test_aot_dispatch_dynamic",
+            ),
+        )
+    plain = [x.detach() for x in (query, keys, scale)]
+    lse = row_lse_op(*plain, key_mask, offset, None, "torch", False, False)[0]
+    torch.library.opcheck(
+        row_lse_grad_keys_op, (torch.ones(2, 6).double(), *plain, key_mask, offset, lse, "torch")
+    )
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("keys_grad", [False, True])
+def test_compiles_whole_and_once_for_all_sizes(counter, keys_grad):
+    def function(query, keys, scale, mask):
+        lse, largest = row_lse_and_max(query, keys, scale, key_mask=mask, exclude_offset=0)
+        return lse.sum() + largest.sum()
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (5, 6, 9, 14):
+        query = unit(2, rows, 4, seed=rows).requires_grad_()
+        keys = unit(2, rows + 3, 4, seed=rows + 1).requires_grad_(keys_grad)
+        scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+        mask = torch.arange(rows + 3) % 4 > 0
+        results = []
+        for f in (function, compiled):
+            inputs = [query, scale, keys] if keys_grad else [query, scale]
+            loss = f(query, keys, scale, mask)
+            results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
+        for eager, ours in zip(*results, strict=True):
+            assert_close(ours, eager, 1e-14)
+    assert counter.frame_count == 1
+
+
+def test_compiled_with_a_number_as_scale_and_under_autocast(counter):
+    compiled = torch.compile(row_lse, backend=counter, fullgraph=True)
+    query, keys = unit(9, 8, seed=1).float().requires_grad_(), unit(11, 8, seed=2).float()
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            expected, ours = row_lse(query, keys, 5.0), compiled(query, keys, 5.0)
+        assert torch.equal(ours, expected)
+        grads = [torch.autograd.grad(x.sum(), query)[0] for x in (ours, expected)]
+        assert torch.equal(*grads)
+
+
+# --- The kernels with every split and flag, where the launcher alone would not choose them ---------
+
+
+def problem(groups=2, rows=37, columns=83, width=24, dtype=torch.float32):
+    query = unit(groups, rows, width, seed=1, dtype=dtype).to(TRITON_DEVICE)
+    keys = unit(groups, columns, width, seed=2, dtype=dtype).to(TRITON_DEVICE)
+    scale = torch.tensor(5.0, device=TRITON_DEVICE)
+    mask = torch.rand(groups, columns, generator=torch.Generator().manual_seed(3)) > 0.4
+    return query, keys, scale, mask.to(TRITON_DEVICE)
+
+
+def exactly(query, keys, scale, mask, offset):
+    arguments = (query.double().cpu(), keys.double().cpu(), scale.double().cpu())
+    mask = None if mask is None else mask.cpu()
+    return tiled.row_lse(
+        *arguments, mask, offset, shifted=True, with_expected_key=True, with_max=True
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 50])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [None, 0, -30, 40, 1000])
+def test_kernel_variants(splits, shifted, masked, offset):
+    query, keys, scale, mask = problem()
+    mask = mask if masked else None
+    results = triton_kernels.row_lse(
+        query,
+        keys,
+        scale,
+        mask,
+        offset,
+        shifted=shifted,
+        with_expected_key=True,
+        with_max=True,
+        splits=splits,
+        launch=LAUNCH,
+    )
+    tolerance = 2e-6 if TRITON_DEVICE == "cpu" else 2e-3
+    for ours, truth in zip(results, exactly(query, keys, scale, mask, offset), strict=True):
+        assert_close(ours, truth, tolerance)
+    bare = triton_kernels.row_lse(
+        query,
+        keys,
+        scale,
+        mask,
+        offset,
+        shifted=shifted,
+        with_expected_key=False,
+        with_max=False,
+        splits=splits,
+        launch=LAUNCH,
+    )
+    assert bare[1:] == (None, None)
+    assert_close(bare[0], results[0], 1e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_keys_gradient_variants(splits, masked, offset, dtype):
+    query, keys, scale, mask = problem(dtype=dtype)
+    mask = mask if masked else None
+    lse = exactly(query, keys, scale, mask, offset)[0]
+    lse[0, 3] = -torch.inf  # as a row without keys: no probability, whatever its logits
+    grad = torch.linspace(0.0, 1.0, 74).view(2, 37)
+    ours = triton_kernels.row_lse_grad_keys(
+        grad.to(TRITON_DEVICE),
+        query,
+        keys,
+        scale,
+        mask,
+        offset,
+        lse.float().to(TRITON_DEVICE),
+        splits=splits,
+        launch=LAUNCH,
+    )
+    cpu = [x.double().cpu() for x in (query, keys, scale)]
+    truth = tiled.row_lse_grad_keys(
+        grad.double(), *cpu, None if mask is None else mask.cpu(), offset, lse
+    )
+    assert ours.dtype == dtype
+    assert_close(
+        ours, truth, {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    )
+
+
+def test_a_split_that_sees_no_key_of_a_row_joins_as_nothing():
+    query, keys, scale, mask = problem()
+    mask[:, 16:] = False  # with tiles of 16 keys, only the first split has any
+    mask[1] = False
+    results = triton_kernels.row_lse(
+        query,
+        keys,
+        scale,
+        mask,
+        None,
+        shifted=True,
+        with_expected_key=True,
+        with_max=True,
+        splits=3,
+        launch=LAUNCH,
+    )
+    for ours, truth in zip(results, exactly(query, keys, scale, mask, None), strict=True):
+        assert_close(ours, truth, 2e-6 if TRITON_DEVICE == "cpu" else 2e-3)
+    assert torch.equal(results[1][1].cpu(), torch.zeros(37, 24))
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 17, 31, 64, 100, 128])
+def test_every_width_is_padded_to_a_tile(width):
+    query, keys, scale, _ = problem(groups=1, rows=5, columns=9, width=width)
+    results = triton_kernels.row_lse(
+        query, keys, scale, None, None, shifted=True, with_expected_key=True, with_max=True
+    )
+    assert results[1].shape == (1, 5, width)
+    for ours, truth in zip(results, exactly(query, keys, scale, None, None), strict=True):
+        assert_close(ours, truth, 2e-6 if TRITON_DEVICE == "cpu" else 2e-3)
+
+
+def test_medium_precision_multiplies_in_bfloat16():
+    query, keys, scale, _ = problem()
+    torch.set_float32_matmul_precision("medium")  # the fixture restores it
+    value = row_lse(query, keys, float(scale), backend="triton")
+    rounded = row_lse(query.bfloat16(), keys.bfloat16(), float(scale), backend="triton")
+    assert_close(value, rounded, 1e-5)
+
+
+def test_unwritten_outputs_would_show(monkeypatch):
+    """Every output element is written: fresh memory is filled with NaN."""
+    original = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **options):
+        fresh = original(self, *args, **options)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **o: torch.full_like(x, torch.nan, **o))
+    query, keys, scale, mask = problem()
+    options = {"shifted": False, "with_expected_key": True, "with_max": True}
+    fused = triton_kernels.row_lse(query, keys, scale, mask, 0, **options, splits=2, launch=LAUNCH)
+    streamed = tiled.row_lse(query, keys, scale, mask, 0, **options)
+    for part in (*fused, *streamed):
+        assert not part.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "table"),
+    [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"),
+     ("sm_100", "sm_90"), ("sm_120", "sm_80")],
+)  # fmt: skip
+def test_small_shared_memory_takes_the_small_table(architecture, table):
+    for width in (64, 128, 256):
+        launch = triton_kernels.launch_of(architecture, torch.bfloat16, width, False)
+        assert launch == triton_kernels.LAUNCH_TABLE[table][width]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(TRITON_DEVICE != "cuda", reason="needs a CUDA GPU")
+def test_graph_capture():
+    """Forward and backward in a CUDA graph: no synchronisation, no size that depends on data."""
+    query = unit(300, 64, seed=1, dtype=torch.bfloat16).cuda().requires_grad_()
+    keys = unit(900, 64, seed=2, dtype=torch.bfloat16).cuda()
+
+    def step():
+        return torch.autograd.grad(row_lse(query, keys, 5.0, logit_bound=5.0).mean(), query)[0]
+
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
