@@ -214,6 +214,29 @@ def test_medium_precision_multiplies_in_bfloat16():
     assert_close(value, rounded, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_streaming_form_with_half_operands(dtype, shifted, monkeypatch):
+    """What a GPU does with wide half-precision features, run here on the CPU."""
+    monkeypatch.setattr(tiled, "_operand_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(tiled, "_CPU_BLOCK", (16, 32))
+    query, keys, scale, mask = (x.cpu() for x in problem(width=40, dtype=dtype))
+    options = {"shifted": shifted, "with_expected_key": True, "with_max": True}
+    ours = tiled.row_lse(query, keys, scale, mask, 2, **options)
+    truth = exactly(query, keys, scale, mask, 2)
+    tolerance = 3e-3 if dtype == torch.float16 else 2e-2
+    for part, right in zip(ours, truth, strict=True):
+        assert_close(part, right, tolerance)
+    grad = torch.linspace(0.0, 1.0, 74).view(2, 37)
+    arguments = (query, keys, scale, mask, 2)
+    grad_keys = tiled.row_lse_grad_keys(grad, *arguments, truth[0].float())
+    monkeypatch.undo()
+    right = tiled.row_lse_grad_keys(
+        grad.double(), *(x.double() for x in arguments[:3]), mask, 2, truth[0]
+    )
+    assert_close(grad_keys, right, 2 * tolerance)
+
+
 def test_unwritten_outputs_would_show(monkeypatch):
     """Every output element is written: fresh memory is filled with NaN."""
     original = torch.Tensor.new_empty

@@ -157,7 +157,7 @@ def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
             return torch.bmm(a, b)
         shape = (a.shape[0], a.shape[1], b.shape[2])
         return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
-    if hasattr(torch.ops.aten.bmm, "dtype"):
+    if a.device.type == "cuda" and hasattr(torch.ops.aten.bmm, "dtype"):  # since torch 2.8
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b).float()
 
