@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+import pixdistill
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,7 +42,8 @@ def machine(device: str) -> dict[str, Any]:
         facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30)}
         facts |= {"cuda": torch.version.cuda}
     facts |= {"python": platform.python_version(), "system": platform.system()}
-    return facts | {package: _version(package) for package in ("torch", "triton", "pixdistill")}
+    facts |= {package: _version(package) for package in ("torch", "triton")}
+    return facts | {"pixdistill": pixdistill.__version__}
 
 
 def _version(package: str) -> str:

@@ -58,7 +58,7 @@ def check_positive(name: str, value: float) -> None:
     """A finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
 
 
@@ -80,6 +80,19 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """One of a few words."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+
+
+def check_keys(name: str, keys: Tensor | None, like: Tensor) -> None:
+    """Vectors `[K, D]` of the student's width, or None."""
+    if keys is None:
+        return
+    _check_floating(name, keys)
+    if keys.dim() != 2 or keys.shape[1] != like.shape[-1]:
+        raise ValueError(
+            f"{name} must have shape [K, {like.shape[-1]}], as wide as the student's vectors; "
+            f"got {tuple(keys.shape)}"
+        )
+    _check_device(name, keys, like)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

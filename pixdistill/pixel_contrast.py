@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_flag, check_maps, check_mask, check_positive, check_rows
+from ._checks import (
+    check_choice,
+    check_flag,
+    check_keys,
+    check_maps,
+    check_mask,
+    check_positive,
+    check_rows,
+)
 from .ops.row_lse import BACKENDS, row_lse_and_max
 from .pixel_queue import PixelQueue, unit_vectors
 
@@ -80,6 +88,8 @@ def pixel_contrast_loss(
     that a zero vector has zero gradient here and that negatives are a free choice.
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    check_flag("in_batch", in_batch)
+    check_flag("normalize", normalize)
     terms = _contrast(
         student, teacher, temperature, in_batch, queue_keys, valid_mask, normalize, backend, False
     )
@@ -225,6 +235,7 @@ def _contrast(
     """The loss of each row `[..., N]`. `wins` means something only `with_max`."""
     check_rows(student, teacher)
     check_mask(valid_mask, student.shape[:-1], student)
+    check_keys("queue_keys", queue_keys, student)
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
     elif temperature.numel() != 1 or temperature.device != student.device:

@@ -94,9 +94,14 @@ class PixelQueue(nn.Module):
 
     def enqueue_pooled(self, teacher_map: Tensor) -> None:
         """PCD's update: average the map `[B, dim, *spatial]` over space and enqueue the B vectors."""
-        if not isinstance(teacher_map, Tensor) or teacher_map.dim() < 3:
-            got = tuple(teacher_map.shape) if isinstance(teacher_map, Tensor) else teacher_map
-            raise ValueError(f"teacher_map must have shape [B, {self.dim}, *spatial]; got {got}")
+        if not isinstance(teacher_map, Tensor) or not teacher_map.is_floating_point():
+            got = getattr(teacher_map, "dtype", type(teacher_map).__name__)
+            raise TypeError(f"teacher_map must be a floating-point tensor; got {got}")
+        if teacher_map.dim() < 3 or teacher_map.shape[1] != self.dim:
+            raise ValueError(
+                f"teacher_map must have shape [B, {self.dim}, *spatial]; "
+                f"got {tuple(teacher_map.shape)}"
+            )
         dtype = torch.promote_types(teacher_map.dtype, torch.float32)
         self.enqueue(teacher_map.detach().flatten(2).mean(dim=2, dtype=dtype))
 

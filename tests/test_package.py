@@ -62,10 +62,8 @@ def test_imports_run_one_way(path):
 
 
 def test_import_loads_neither_triton_nor_anything_for_demos():
-    loaded = run(
-        "-c",
-        "import sys, torch; a = set(sys.modules); import pixdistill; print(sorted(set(sys.modules) - a))",
-    )
+    before = "import sys, torch; before = set(sys.modules); import pixdistill"
+    loaded = run("-c", f"{before}; print(sorted(set(sys.modules) - before))")
     names = {name.split(".")[0] for name in ast.literal_eval(loaded)}
     assert not names & {"triton", "sklearn", "matplotlib", "tqdm", "numpy"}
 

@@ -447,7 +447,8 @@ def test_wrong_vectors_leave_the_queue_as_it_was(error, words, vectors):
     ("error", "words", "teacher"),
     [
         (ValueError, r"teacher_map must have shape \[B, 3, \*spatial\]; got \(2, 3\)", torch.ones(2, 3)),
-        (ValueError, "teacher_map must have shape", [1.0]),
+        (TypeError, "teacher_map must be a floating-point tensor; got list", [1.0]),
+        (TypeError, "floating-point tensor; got torch.int64", torch.ones(2, 3, 5, 5).long()),
         (ValueError, r"got \(2, 4", torch.ones(2, 4, 5, 5)),
     ],
 )  # fmt: skip
