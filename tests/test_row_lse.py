@@ -92,6 +92,23 @@ def test_equals_dense_truth(backend, size, masked, offset, bound):
         assert (ours - right).norm() <= 5 * FLOAT32[backend] * right.norm() + 1e-6
 
 
+@pytest.mark.parametrize("block", [(5, 7), (64, 16)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [None, 0, -20, 13])
+@pytest.mark.parametrize("bound", [None, 5.0])
+def test_blocks_join_exactly(block, masked, offset, bound, monkeypatch):
+    """The streaming form over many blocks of groups, queries and keys, none of which divides evenly."""
+    query, keys = unit(3, 33, 6, seed=1), unit(3, 50, 6, seed=2)
+    keys[..., 40:, :] *= 1 if bound else 3  # the maximum moves late, past the first blocks
+    mask = torch.rand(3, 50, generator=torch.Generator().manual_seed(3)) > 0.4 if masked else None
+    options = {"key_mask": mask, "exclude_offset": offset, "logit_bound": bound, "grad_keys": True}
+    expected = call("reference", query, keys, 5.0, **options)
+    monkeypatch.setattr(tiled, "_CPU_BLOCK", block)
+    ours = call("torch", query, keys, 5.0, **options)
+    for part, right in zip((*ours[:2], *ours[2]), (*expected[:2], *expected[2]), strict=True):
+        assert_close(part, right, 1e-12)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_float64_stays_float64(backend):
     query, keys = unit(33, 9, seed=1), unit(70, 9, seed=2)
@@ -436,6 +453,15 @@ def test_autocast_casts_as_for_a_matrix_product(dtype):
     assert query.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=dtype):
         assert row_lse(query.double(), keys, 14.0).dtype == torch.float64
+
+
+def test_backward_inside_autocast_is_as_exact_as_outside():
+    query, keys = unit(20, 16, seed=1).float(), unit(40, 16, seed=2).float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = row_lse(query, keys, 14.0).sum()
+        (inside,) = torch.autograd.grad(loss, keys, retain_graph=True)
+    (outside,) = torch.autograd.grad(loss, keys)
+    assert torch.equal(inside, outside)
 
 
 # --- Properties -----------------------------------------------------------------------------------
