@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pixdistill.ops.row_lse import launch as launch_table
 from pixdistill.ops.row_lse import triton_kernels as tk
 
 from . import report
@@ -45,10 +46,12 @@ class Case:
     flags: frozenset[str] = field(default_factory=frozenset)
 
     @property
-    def launch(self) -> tk.Launch:
+    def launch(self) -> launch_table.Launch:
         if self.kernel == "row_lse_grad_keys":
-            return tk.GRAD_KEYS_LAUNCH[max(64, tk.padded_width(self.width))]
-        return tk.launch_of(self.arch, DTYPES[self.dtype], self.width, "WITH_MAX" in self.flags)
+            return launch_table.GRAD_KEYS_LAUNCH[max(64, launch_table.padded_width(self.width))]
+        return launch_table.launch_of(
+            self.arch, DTYPES[self.dtype], self.width, "WITH_MAX" in self.flags
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def cases(archs: tuple[str, ...] = ("sm_80", "sm_90")) -> Iterator[Case]:
             yield Case("row_lse", arch, "fp16", width, full | {"SHIFTED"})
             yield Case("row_lse_grad_keys", arch, "bf16", width, full)
             yield Case("row_lse_grad_keys", arch, "fp16", width, full)
-            if width in tk.FLOAT32_LAUNCH:
+            if width in launch_table.FLOAT32_LAUNCH:
                 yield Case("row_lse", arch, "fp32", width, train)
                 yield Case("row_lse", arch, "fp32", width, full | {"SHIFTED"})
                 yield Case("row_lse_grad_keys", arch, "fp32", width, full)
@@ -89,7 +92,7 @@ def compile_case(case: Case) -> Compiled:
     constants = {
         "BN": launch.BN,
         "BM": launch.BM,
-        "BD": tk.padded_width(case.width),
+        "BD": launch_table.padded_width(case.width),
         "PRECISION": "tf32",
         "stride_qd": 1,
         "stride_kd": 1,

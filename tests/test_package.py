@@ -57,8 +57,10 @@ def test_imports_run_one_way(path):
             assert target[0] == "ops", f"{path} imports {name}"
             if parts[-1] == "reference":
                 pytest.fail(f"the oracle shares no code, but imports {name}")
-            if parts[-1] in ("tiled", "triton_kernels", "arguments"):
+            if parts[-1] in ("tiled", "launch", "arguments"):
                 pytest.fail(f"{path} imports {name}")
+            if parts[-1] == "triton_kernels":
+                assert target[2] == "launch", f"{path} imports {name}"
 
 
 def test_import_loads_neither_triton_nor_anything_for_demos():
@@ -75,9 +77,9 @@ sys.modules["triton"] = None
 import torch, pixdistill
 student = torch.randn(2, 8, 4, 4, requires_grad=True)
 pixdistill.PixelContrastLoss()(student, torch.randn(2, 8, 4, 4)).backward()
-assert student.grad.isfinite().all()
+print(bool(student.grad.isfinite().all()))
 """
-    run("-c", code)
+    assert run("-c", code).strip() == "True"
 
 
 def test_peak_memory_never_holds_n_by_m():

@@ -268,21 +268,22 @@ def test_strided_inputs_equal_contiguous_ones(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_offsets_beyond_32_bits(backend):
-    """Views whose second entry starts 2^31 elements on; untouched pages cost no memory."""
-    big = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device_of(backend))
-    keys = big.as_strided((2, 20, 16), (2**31, 16, 1))
-    rows = big.as_strided((3, 16), (2**30, 1))
-    values = unit(2, 20, 16, seed=2, dtype=torch.bfloat16).to(big.device)
-    query = unit(2, 9, 16, seed=1, dtype=torch.bfloat16).to(big.device)
-    keys.copy_(values)
-    assert torch.equal(
-        row_lse(query, keys, 5.0, backend=backend), row_lse(query, values, 5.0, backend=backend)
-    )
-    rows.copy_(values[0, :3])
-    far, near = (row_lse(query[0], k, 5.0, backend=backend) for k in (rows, values[0, :3]))
-    assert torch.equal(far, near)
-    far, near = (row_lse(q, values[0], 5.0, backend=backend) for q in (rows, values[0, :3]))
-    assert torch.equal(far, near)
+    """Views that reach beyond 2^31 elements along each axis; untouched pages cost no memory."""
+    big = torch.empty(600 * 2**22, dtype=torch.bfloat16, device=device_of(backend))
+    query = unit(3, 9, 16, seed=1, dtype=torch.bfloat16).to(big.device)
+
+    def equal_to_contiguous(view):
+        near = unit(*view.shape, seed=2, dtype=torch.bfloat16).to(big.device)
+        view.copy_(near)
+        rows = query if view.dim() == 3 else query[0]
+        for pair in ((rows, near, rows, view), (near, rows, view, rows)):
+            ours, far = (row_lse(*both, 5.0, backend=backend) for both in (pair[:2], pair[2:]))
+            assert_close(far, ours, 1e-6)
+
+    equal_to_contiguous(big.as_strided((3, 20, 16), (2**30, 16, 1)))  # groups
+    equal_to_contiguous(big.as_strided((600, 16), (2**22, 1)))  # rows, tile by tile
+    equal_to_contiguous(big.as_strided((3, 16), (2**30, 1)))  # rows inside a tile
+    equal_to_contiguous(big.as_strided((5, 16), (1, 2**27)))  # features
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

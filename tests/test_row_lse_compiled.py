@@ -9,6 +9,7 @@ from helpers import high_precision as high_precision
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pixdistill.ops.row_lse import (
+    launch,
     row_lse,
     row_lse_and_max,
     row_lse_grad_keys_op,
@@ -17,7 +18,7 @@ from pixdistill.ops.row_lse import (
     triton_kernels,
 )
 
-LAUNCH = triton_kernels.Launch(BN=32, BM=16, warps=4, stages=2)
+LAUNCH = launch.Launch(BN=32, BM=16, warps=4, stages=2)
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -262,8 +263,8 @@ def test_unwritten_outputs_would_show(monkeypatch):
 )  # fmt: skip
 def test_small_shared_memory_takes_the_small_table(architecture, table):
     for width in (64, 128, 256):
-        launch = triton_kernels.launch_of(architecture, torch.bfloat16, width, False)
-        assert launch == triton_kernels.LAUNCH_TABLE[table][width]
+        chosen = launch.launch_of(architecture, torch.bfloat16, width, False)
+        assert chosen == launch.LAUNCH_TABLE[table][width]
 
 
 @pytest.mark.cuda

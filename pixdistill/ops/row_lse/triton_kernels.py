@@ -8,34 +8,14 @@ their results joined in a fixed order: no atomics, the same bits on every run.
 Names: i_ program or tile number, o_ offsets, m_ mask, p_ pointers, b_ tile in registers.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import GRAD_KEYS_LAUNCH, Launch, architecture_of, launch_of, padded_width, split
+
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Launch(NamedTuple):
-    """Tile of queries BN, tile of keys BM, warps, pipeline stages."""
-
-    BN: int
-    BM: int
-    warps: int
-    stages: int
-
-
-# By architecture and padded width. `python -m benchmarks kernels` compiles every entry: no spills, and
-# the sm_80 table fits the smaller shared memory of sm_86, sm_89 and sm_120.
-LAUNCH_TABLE = {
-    "sm_90": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
-    "sm_80": {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 64, 8, 2)},
-}
-WITH_MAX_LAUNCH = {("sm_90", 256): Launch(128, 32, 8, 3)}  # where one more statistic would spill
-FLOAT32_LAUNCH = {64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 8, 2)}
-GRAD_KEYS_LAUNCH = {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 2), 256: Launch(32, 64, 8, 2)}
 
 
 @triton.jit
@@ -249,9 +229,9 @@ def row_lse(
     """Same contract as `tiled.row_lse`. `splits` and `launch` override the table, for tests."""
     (groups, rows, width), columns = query.shape, keys.shape[1]
     operands = _operands(query, keys)
-    launch = launch or launch_of(_architecture(query.device), operands[0].dtype, width, with_max)
+    launch = launch or launch_of(architecture_of(query.device), operands[0].dtype, width, with_max)
     n_tiles = triton.cdiv(rows, launch.BN) * groups
-    splits, per_split = _split(n_tiles, triton.cdiv(columns, launch.BM), query.device, splits)
+    splits, per_split = split(n_tiles, triton.cdiv(columns, launch.BM), query.device, splits)
 
     lse = query.new_empty((splits, groups, rows), dtype=torch.float32)
     largest = torch.empty_like(lse) if with_max else None
@@ -294,7 +274,7 @@ def row_lse_grad_keys(
     operands = _operands(query, keys)
     launch = launch or GRAD_KEYS_LAUNCH[max(64, padded_width(width))]
     m_tiles = triton.cdiv(columns, launch.BM) * groups
-    splits, per_split = _split(m_tiles, triton.cdiv(rows, launch.BN), query.device, splits)
+    splits, per_split = split(m_tiles, triton.cdiv(rows, launch.BN), query.device, splits)
 
     dtype = keys.dtype if splits == 1 else torch.float32
     grad_keys = keys.new_empty((splits, groups, columns, width), dtype=dtype)
@@ -318,28 +298,6 @@ def _precision(query: Tensor) -> str:
     return "tf32" if query.device.type == "cuda" else "ieee"
 
 
-def padded_width(width: int) -> int:
-    """The feature width of the tiles: the next power of two that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def launch_of(architecture: str, dtype: torch.dtype, width: int, with_max: bool) -> Launch:
-    """The entry of the launch table: sm_90 for Hopper and data-centre Blackwell, sm_80 for others."""
-    bucket = max(64, padded_width(width))
-    if dtype == torch.float32:
-        return FLOAT32_LAUNCH[bucket]
-    table = "sm_90" if architecture in ("sm_90", "sm_100", "sm_103") else "sm_80"
-    usual = LAUNCH_TABLE[table][bucket]
-    return WITH_MAX_LAUNCH.get((table, bucket), usual) if with_max else usual
-
-
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "sm_90"  # the interpreter, which takes any
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 def _operands(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides as the kernel reads them: in place where it can, else one copy.
 
@@ -358,19 +316,6 @@ def _operands(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
             operand = operand.contiguous()
         operands.append(operand)
     return operands[0], operands[1]
-
-
-def _split(programs: int, tiles: int, device: torch.device, splits: int | None) -> tuple[int, int]:
-    """Shares of the streamed axis, and tiles a share, that give each multiprocessor two programs."""
-    if splits is None:
-        multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count
-            if device.type == "cuda"
-            else 1
-        )
-        splits = triton.cdiv(2 * multiprocessors, max(1, programs))
-    per_split = triton.cdiv(max(1, tiles), max(1, splits))
-    return triton.cdiv(max(1, tiles), per_split), per_split
 
 
 def _join(
