@@ -163,6 +163,18 @@ def test_half_gradients_survive_tiny_cotangents(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_probability_times_gradient_is_not_made_in_float16(backend, dtype):
+    """Keys in float32 have a gradient that can show it: in float16 these products are all zero."""
+    query = unit(40, 32, seed=1, dtype=dtype)
+    keys = unit(150, 32, seed=2, dtype=dtype).float()
+    tiny = torch.full((40,), 1e-7)
+    _, _, grads = call(backend, query, keys, 5.0, grad_keys=True, cotangent=tiny)
+    exact = call("torch", query.double(), keys.double(), 5.0, grad_keys=True, cotangent=tiny)[2]
+    assert_close(grads[2], exact[2], 2e-3 if dtype == torch.float16 else 2e-2)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bound", [None, "given"])
 @pytest.mark.parametrize("scale", [5.0, 8.9, 14.3, 59.0, 300.0])
