@@ -1,6 +1,7 @@
 """`row_lse` as an operator: opcheck, torch.compile, and the kernels' own launch options."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -113,33 +114,13 @@ def exactly(query, keys, scale, mask, offset):
 def test_kernel_variants(splits, shifted, masked, offset):
     query, keys, scale, mask = problem()
     mask = mask if masked else None
-    results = triton_kernels.row_lse(
-        query,
-        keys,
-        scale,
-        mask,
-        offset,
-        shifted=shifted,
-        with_expected_key=True,
-        with_max=True,
-        splits=splits,
-        launch=LAUNCH,
-    )
+    arguments = (query, keys, scale, mask, offset)
+    variant = partial(triton_kernels.row_lse, shifted=shifted, splits=splits, launch=LAUNCH)
+    results = variant(*arguments, with_expected_key=True, with_max=True)
     tolerance = 2e-6 if TRITON_DEVICE == "cpu" else 2e-3
-    for ours, truth in zip(results, exactly(query, keys, scale, mask, offset), strict=True):
+    for ours, truth in zip(results, exactly(*arguments), strict=True):
         assert_close(ours, truth, tolerance)
-    bare = triton_kernels.row_lse(
-        query,
-        keys,
-        scale,
-        mask,
-        offset,
-        shifted=shifted,
-        with_expected_key=False,
-        with_max=False,
-        splits=splits,
-        launch=LAUNCH,
-    )
+    bare = variant(*arguments, with_expected_key=False, with_max=False)
     assert bare[1:] == (None, None)
     assert_close(bare[0], results[0], 1e-6)
 
