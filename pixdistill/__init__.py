@@ -1,8 +1,15 @@
 """Composable modules for dense (pixel-level) knowledge distillation."""
 
+from ._head_layers import L2Norm as L2Norm
+from .mhsa_plugin import MHSAPlugin as MHSAPlugin
+from .mhsa_plugin import plug as plug
+from .mhsa_plugin import unplug as unplug
 from .pixel_contrast import PixelContrastComponents as PixelContrastComponents
 from .pixel_contrast import PixelContrastLoss as PixelContrastLoss
 from .pixel_contrast import pixel_contrast_loss as pixel_contrast_loss
 from .pixel_queue import PixelQueue as PixelQueue
+from .spatial_adaptor import PixelHead as PixelHead
+from .spatial_adaptor import SpatialAdaptor as SpatialAdaptor
+from .spatial_adaptor import tokens_to_map as tokens_to_map
 
 __version__ = "0.1.0.dev0"

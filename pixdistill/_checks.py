@@ -76,7 +76,7 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r}")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """One of a few words."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}")

@@ -12,7 +12,16 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "pixdistill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = {"functional": 3, "pixel_contrast": 2, "pixel_queue": 1, "_checks": 0, "ops": 0}
+LAYERS = {
+    "functional": 3,
+    "pixel_contrast": 2,
+    "spatial_adaptor": 2,
+    "mhsa_plugin": 2,
+    "pixel_queue": 1,
+    "_head_layers": 1,
+    "_checks": 0,
+    "ops": 0,
+}
 """Who may import whom: only lower numbers. The package's own __init__ is above them all."""
 
 
