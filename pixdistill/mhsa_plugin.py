@@ -125,14 +125,14 @@ class MHSAPlugin(nn.Module):
         inside = F.pad(pixels.new_ones(1, height, width, 1, dtype=torch.bool), edges)
         mask = _cut(inside, self.window).flatten(1)[:, None, None].repeat(batch, 1, 1, 1)
         pixels = F.pad(pixels, edges)
-        rows = pixels.shape[1] // self.window
+        rows, columns = (size // self.window for size in pixels.shape[1:3])
         windows = self._attention(_cut(pixels, self.window), mask)
-        joined = rearrange(windows, "(b i j) h w c -> b (i h) (j w) c", b=batch, i=rows)
+        joined = rearrange(windows, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=columns)
         return F.pad(joined, tuple(-edge for edge in edges))
 
     def _attention(self, pixels: Tensor, key_mask: Tensor | None) -> Tensor:
         height, width = pixels.shape[1:3]
-        places = key_places = _places(height, width, pixels.device)
+        places = key_places = _places(height, width, like=pixels)
         sources = pixels
         if self.key_stride > 1:
             sources = _average(pixels, self.key_stride)
@@ -157,7 +157,7 @@ class Plugged(nn.Module):
     def __init__(self, module: nn.Module, plugin: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.plugin = plugin
+        self.plugin = plugin.train(module.training)
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -170,11 +170,12 @@ def plug(network: nn.Module, name: str, plugin: nn.Module) -> None:
 
     The child at `name` (as in `named_modules`, say "backbone.layer4") becomes
     `Plugged(child, plugin)`, so that its parameters are found under `name + ".module"` while it is
-    plugged. Plug before the optimizer is made and before the network is wrapped in DDP.
+    plugged. The plug-in takes the child's training mode. Plug before the optimizer is made and
+    before the network is wrapped in DDP.
 
     Raises:
         ValueError: if there is no such child, or a plug-in is there already.
-        TypeError: if the plug-in is no module.
+        TypeError: if the plug-in is no module, or the name no string.
     """
     if not isinstance(plugin, nn.Module):
         raise TypeError(f"plugin must be a module; got {type(plugin).__name__}")
@@ -219,13 +220,14 @@ def rotate(vectors: Tensor, places: Tensor) -> Tensor:
 
 
 def _angles(places: Tensor, count: int, base: float) -> Tensor:
-    exponents = torch.arange(count, device=places.device) / count
+    exponents = torch.arange(count, device=places.device, dtype=places.dtype) / count
     return places.unsqueeze(-1) * base**-exponents
 
 
-def _places(height: int, width: int, device: torch.device) -> Tensor:
-    """Row and column of each pixel, `[H, W, 2]`."""
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in (height, width))
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """Row and column of each pixel, `[H, W, 2]`, in float32, or float64 for float64 pixels."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows, columns = (torch.arange(n, device=like.device, dtype=dtype) for n in (height, width))
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
 
 
@@ -258,6 +260,8 @@ def _zero(layer: nn.Linear) -> nn.Linear:
 
 def _child(network: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
     """The parent of a child, the child's name there, and the child."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, such as 'layer4'; got {name!r}")
     path, _, key = name.rpartition(".")
     try:
         parent = network.get_submodule(path)

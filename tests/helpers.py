@@ -1,5 +1,8 @@
 """Truths derived without the library, and comparisons that must fail when they should."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +17,17 @@ DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "torch", "triton")
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> str:
+    """Output of a fresh interpreter in the repository's root, without Triton's interpreter."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=clean, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def device_of(backend: str) -> str:

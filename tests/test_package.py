@@ -2,13 +2,10 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 PACKAGE = ROOT / "pixdistill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -23,17 +20,6 @@ LAYERS = {
     "ops": 0,
 }
 """Who may import whom: only lower numbers. The package's own __init__ is above them all."""
-
-
-def run(*command: str, env: dict[str, str] | None = None) -> str:
-    """Output of a fresh interpreter in the repository's root, without Triton's interpreter."""
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=clean, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def imports_of(path) -> list[str]:
