@@ -59,8 +59,8 @@ def _batch_norm(layer: Any, m: Tensor) -> Affine:
 
 
 def _layer_norm(layer: nn.LayerNorm, m: Tensor) -> Affine:
-    variance, mean = torch.var_mean(m, dim=1, correction=0, keepdim=True)
-    scale = (variance + layer.eps).rsqrt()
+    mean = m.mean(dim=1, keepdim=True)
+    scale = ((m - mean).square().mean(dim=1, keepdim=True) + layer.eps).rsqrt()
     if layer.weight is not None:
         scale = scale * layer.weight.to(m.dtype)
     shift = -mean * scale
@@ -82,7 +82,7 @@ STEPS: dict[type[nn.Module], Callable[[Any, Tensor], Affine]] = {
     nn.LayerNorm: _layer_norm,
     L2Norm: lambda layer, m: (m.norm(dim=1, keepdim=True).clamp_min(layer.eps).reciprocal(), None),
     nn.ReLU: lambda layer, m: ((m > 0).to(m.dtype), None),
-    nn.LeakyReLU: lambda layer, m: (1 - (1 - layer.negative_slope) * (m <= 0).to(m.dtype), None),
+    nn.LeakyReLU: lambda layer, m: (torch.ones_like(m).where(m > 0, layer.negative_slope), None),
     nn.GELU: _gelu,
     nn.SiLU: lambda layer, m: (m.sigmoid(), None),
     nn.Hardswish: lambda layer, m: (F.hardsigmoid(m), None),
@@ -110,13 +110,19 @@ def layers_of(
 ) -> Iterator[nn.Module]:
     """The layers in the order in which they run; TypeError for one that has no affine form."""
     name = f"{path} ({type(module).__name__})"
-    pre_hooks = [h for h in module._forward_pre_hooks.values() if not isinstance(h, WeightNorm)]
+    pre_hooks = [h for h in module._forward_pre_hooks.values() if not _norms_weight(h, module)]
     if pre_hooks or module._forward_hooks:
         raise TypeError(f"{name} has a hook, which the adaptor would not run; remove it first")
+    if "forward" in vars(module):
+        raise TypeError(f"{name} has a forward of its own, which the adaptor would not run")
     if type(module) in order:
+        children = dict(module.named_modules(remove_duplicate=False))
+        del children[""]
         for step in order[type(module)]:
             if isinstance(step, str):
-                yield from layers_of(module.get_submodule(step), f"{path}.{step}", order)
+                if step not in children:
+                    raise ValueError(f"order of {name} names {step!r}, which is no child of it")
+                yield from layers_of(children[step], f"{path}.{step}", order)
             elif isinstance(step, nn.Module) and not step.state_dict():
                 yield from layers_of(step, f"{path}, order", order)
             else:
@@ -157,7 +163,7 @@ def in_width(layer: Any) -> int | None:
 def weight_of(layer: Any) -> Tensor:
     """The weight; computed anew where the older `weight_norm` would do so before each forward."""
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
+        if _norms_weight(hook, layer):
             return hook.compute_weight(layer)
     return layer.weight
 
@@ -167,6 +173,13 @@ def copied(head: nn.Module) -> nn.Module:
     computed: dict[int, Any] = {}
     layer: Any
     for layer in head.modules():
-        if any(isinstance(hook, WeightNorm) for hook in layer._forward_pre_hooks.values()):
-            computed[id(layer.weight)] = layer.weight.detach().clone()
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                weight = getattr(layer, hook.name)
+                computed[id(weight)] = weight.detach().clone()
     return copy.deepcopy(head, memo=computed)
+
+
+def _norms_weight(hook: Any, layer: nn.Module) -> bool:
+    """Whether this is the older `weight_norm` of a linear layer's weight."""
+    return isinstance(layer, nn.Linear) and isinstance(hook, WeightNorm) and hook.name == "weight"
