@@ -165,6 +165,36 @@ def test_row_lse_benchmark_runs(tmp_path):
     assert (tmp_path / "row_lse_cpu_float32.png").stat().st_size > 10_000
 
 
+def test_adapted_head_smoke(tmp_path):
+    picture = tmp_path / "adaptor.png"
+    out = run("docs/examples/adapted_head.py", "--maps", "2", "--output", str(picture))
+    largest = {line.split(",")[0]: float(line.split()[-1]) for line in out.splitlines()[1:5:2]}
+    assert largest.keys() == {"MoCo v3", "DINO"}
+    assert min(largest.values()) > 0.1
+    adapted = [max(map(float, line.split()[-7:])) for line in out.splitlines()[2:5:2]]
+    assert max(adapted) < 1e-5
+    assert picture.stat().st_size > 20_000
+
+
+def test_receptive_field_smoke(tmp_path):
+    picture = tmp_path / "field.png"
+    options = ("--seeds", "1", "--steps", "3", "--images", "2")
+    out = run("docs/examples/receptive_field.py", *options, "--output", str(picture))
+    outside = {line.split()[0]: float(line.split()[-4]) for line in out.splitlines()[1:4]}
+    assert outside["untrained"] == outside["without"] == 0 < outside["with"]
+    assert picture.stat().st_size > 20_000
+
+
+def test_receptive_field_measures_cost():
+    options = ("--cost", "--size", "16", "24", "--rounds", "1")
+    out = run("docs/examples/receptive_field.py", *options)
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        "full",
+        *(f"key_stride={n}" for n in (2, 4, 8)),
+        *(f"window={n}" for n in (8, 16, 32)),
+    ]
+
+
 def test_distill_digits_smoke(tmp_path):
     picture = tmp_path / "digits.png"
     options = ("--seeds", "1", "--steps", "3", "--teacher-steps", "3", "--test-scenes", "8")

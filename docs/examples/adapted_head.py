@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def draw_activation(axis: Axes, activation: nn.Module, pixels: Tensor) -> None:
     axis.axvline(float(m), color=TRUTH, lw=0.8, ls=":")
     axis.scatter(pixels, plain, s=34, color="none", edgecolor=PLAIN, label=f"{name} at each pixel")
     axis.scatter(pixels, adapted, s=9, color=ADAPTED, label="adaptor at each pixel")
-    diamond = {"s": 110, "marker": "D", "edgecolor": "white", "zorder": 3}
+    diamond: dict[str, Any] = {"s": 110, "marker": "D", "edgecolor": "white", "zorder": 3}
     axis.scatter(m, plain.mean(), color=PLAIN, label="mean of the former", **diamond)
     axis.scatter(m, adapted.mean(), color=ADAPTED, label="mean of the latter", **diamond)
     axis.scatter(m, truth, s=90, marker="x", color=TRUTH, zorder=4, label=f"{name}(m)")
