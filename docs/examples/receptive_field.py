@@ -2,7 +2,7 @@
 
     python docs/examples/receptive_field.py
 
-The student is a small ResNet for 96 x 96 images: 31,000 parameters, a 12 x 12 map. Freshly plugged in,
+The student is a small ResNet for 96 x 96 images: 28,548 parameters, a 12 x 12 map. Freshly plugged in,
 the plug-in is the identity, so both must learn something first. Each image shows a disc of one of
 eight colours anywhere on smooth noise, and every pixel of the map is to name that colour: a task that
 needs distant pixels, chosen so that attention has a use. For every seed the student is trained twice,
@@ -16,7 +16,7 @@ CPU core.
     python docs/examples/receptive_field.py --cost
 
 measures instead what full attention, `key_stride` and `window` cost on a map of 128 x 256 pixels:
-seconds and extra peak memory, forward and backward, each in a fresh process (memory on Linux only).
+processor seconds and extra peak memory, forward and backward, each in a fresh process (Linux only).
 
 Besides pixdistill it needs matplotlib and tqdm.
 """
@@ -226,14 +226,14 @@ COSTS: tuple[dict[str, Any], ...] = (
 
 
 def measure(job: tuple[dict[str, Any], tuple[int, int], int]) -> tuple[float, float]:
-    """Seconds of forward and backward, the fastest run, and MiB above the start at the peak."""
+    """CPU seconds of forward and backward, the fastest run, and MiB above the start at the peak."""
     settings, size, rounds = job
     plugin = MHSAPlugin(64, num_heads=8, **settings)
 
     def step(x: Tensor) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         plugin(x).sum().backward()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     step(torch.randn(1, 64, 32, 32, requires_grad=True))  # load what is loaded once
     x = torch.randn(1, 64, *size, requires_grad=True)
@@ -255,7 +255,7 @@ def status(key: str) -> int:
 def print_costs(size: tuple[int, int], rounds: int) -> None:
     """A row for each setting, with a fresh process for each."""
     print(f"{size[0]} x {size[1]} pixels, 64 channels, 8 heads, float32, forward and backward")
-    print(f"{'setting':<24}{'seconds':>9}{'relative':>10}{'extra MiB':>11}", flush=True)
+    print(f"{'setting':<24}{'CPU s':>9}{'relative':>10}{'extra MiB':>11}", flush=True)
     first = None
     jobs = [(settings, size, rounds) for settings in COSTS]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
