@@ -206,6 +206,21 @@ def test_distill_digits_smoke(tmp_path):
     assert picture.stat().st_size > 20_000
 
 
+def test_distill_pcd_smoke(tmp_path):
+    """Two seeds by places that overlap, with intervals; one by the index of the cell."""
+    picture = tmp_path / "pcd.png"
+    sizes = ("--steps", "2", "--teacher-steps", "2", "--probe-steps", "2", "--scenes", "16")
+    for seeds, pairing in (("2", "overlap"), ("1", "grid")):
+        out = run(
+            *("docs/examples/distill_pcd.py", *sizes, "--seeds", seeds, "--pairing", pairing),
+            *("--output", str(picture)),
+        )
+        # its scores, the table, the statement
+        assert out.count("PCD, no adaptor") == int(seeds) + 2
+        assert "PCD minus each other row" in out
+    assert picture.stat().st_size > 20_000
+
+
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
