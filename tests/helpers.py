@@ -138,3 +138,13 @@ def golden(name: str) -> dict[str, Tensor]:
     """A file of official outputs."""
     with np.load(DATA / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@contextmanager
+def fresh_compiler():
+    """Compiled code from before and after stays apart."""
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()

@@ -1,7 +1,6 @@
 """MHSAPlugin, plug and unplug: a loop over pixels and heads as the truth, properties and edges."""
 
 import cmath
-import contextlib
 import copy
 import io
 import math
@@ -11,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, assert_within_budget, run
+from helpers import assert_close, assert_within_budget, fresh_compiler, run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -614,15 +613,6 @@ TEN_SIZES = (
     *((2, 9, 12), (3, 5, 7), (2, 13, 6), (4, 8, 8), (2, 7, 11)),
     *((5, 12, 9), (2, 6, 5), (3, 16, 17), (6, 10, 10), (2, 23, 5)),
 )
-
-
-@contextlib.contextmanager
-def fresh_compiler():
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """PixelContrastLoss and its function form: official outputs, a dense truth, properties and edges."""
 
-import contextlib
 import copy
 import math
 import pickle
@@ -15,6 +14,7 @@ from helpers import (
     assert_within_budget,
     dense_contrast,
     device_of,
+    fresh_compiler,
     golden,
     unit,
 )
@@ -1374,15 +1374,6 @@ def test_second_order_gradients_raise_or_are_right():
 # --- Compilation ----------------------------------------------------------------------------------
 
 MAP_SIZES = ((2, 3, 4), (3, 5, 4), (2, 7, 6), (4, 3, 9))
-
-
-@contextlib.contextmanager
-def fresh_compiler():
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """SpatialAdaptor, L2Norm, PixelHead and tokens_to_map: official outputs, loops, identities and edges."""
 
-import contextlib
 import copy
 import itertools
 import math
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, assert_within_budget, golden, relative_error
+from helpers import assert_close, assert_within_budget, fresh_compiler, golden, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -792,7 +791,7 @@ def test_an_unknown_child_is_named(steps):
 @pytest.mark.parametrize(
     "step",
     [nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False), None, 0, F.normalize, L2Norm],
-    ids=str,
+    ids=["parameters", "buffers", "None", "number", "function", "class"],
 )
 def test_order_holds_names_and_modules_without_parameters(step):
     words = (
@@ -1308,15 +1307,6 @@ def test_float64_stays_float64_under_autocast():
 
 
 # --- torch.compile and torch.export ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def fresh_compiler():
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
