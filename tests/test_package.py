@@ -11,9 +11,11 @@ PACKAGE = ROOT / "pixdistill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "functional": 3,
+    "masked_distillation": 2,
     "pixel_contrast": 2,
     "spatial_adaptor": 2,
     "mhsa_plugin": 2,
+    "masked_receptive_tokens": 1,
     "pixel_queue": 1,
     "_head_layers": 1,
     "_checks": 0,
