@@ -423,9 +423,18 @@ def test_float16_sums_above_its_range():
     valid = torch.ones(1, 300, 300, dtype=torch.bool)
     for mask in (None, valid):
         assert_close(window_sums(x, valid_mask=mask)[0, 0, 1, 1], torch.tensor(180_000.0), 1e-6)
+    row = torch.full((1, 1, 1, 40_000), 2.0, dtype=torch.float16)  # one row alone exceeds it
+    assert_close(window_sums(row)[0, 0, 1, 1], torch.tensor(80_000.0), 1e-6)
     tokens = MaskedReceptiveTokens(2, 2)
     tokens.mask_token.data.copy_(torch.tensor([[8.0, 8.0], [8.0, 0.0]]))
     assert_close(tokens(x)[1], torch.tensor(1.0), 1e-3)
+    assert_close(mask_diversity(x), torch.tensor(1.0), 1e-6)
+
+
+def test_masks_below_the_range_of_float16():
+    tokens, x = MaskedReceptiveTokens(1, 1), torch.full((1, 1, 1, 1), -20.0, dtype=torch.float16)
+    tokens.mask_token.data.fill_(1.0)
+    assert_close(tokens.masks(x), torch.tensor(-20.0).sigmoid().view(1, 1, 1, 1), 1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
