@@ -489,11 +489,19 @@ def test_neither_teacher_nor_tokens_get_a_gradient(custom):
     assert all(torch.equal(before[key], value) for key, value in tokens.state_dict().items())
 
 
-def test_masks_given_to_the_function_get_no_gradient():
-    student, teacher, masks, weights = (x.requires_grad_() for x in distance_problem())
-    masked_distance(student, teacher, masks, weights).sum().backward()
-    assert student.grad is not None
-    assert teacher.grad is masks.grad is weights.grad is None
+@pytest.mark.parametrize("compiling", [False, True])
+def test_only_the_student_gets_a_gradient_from_the_function(compiling, monkeypatch):
+    """In both orders, and in the plain formula that a compiler sees."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    student, *others = (x.requires_grad_() for x in distance_problem())
+    value = masked_distance(student, *others).sum()
+    (grad,) = torch.autograd.grad(value, student, create_graph=True)
+    for result in (value, grad.square().sum()):
+        grads = torch.autograd.grad(
+            result, [student, *others], retain_graph=True, allow_unused=True
+        )
+        assert grads[0].norm() > 0
+        assert grads[1:] == (None, None, None)
 
 
 def test_a_frozen_student_gives_a_loss_without_gradient():
