@@ -1,6 +1,9 @@
 """Composable modules for dense (pixel-level) knowledge distillation."""
 
 from ._head_layers import L2Norm as L2Norm
+from .masked_distillation import MaskedDistillationComponents as MaskedDistillationComponents
+from .masked_distillation import MaskedDistillationLoss as MaskedDistillationLoss
+from .masked_receptive_tokens import MaskedReceptiveTokens as MaskedReceptiveTokens
 from .mhsa_plugin import MHSAPlugin as MHSAPlugin
 from .mhsa_plugin import plug as plug
 from .mhsa_plugin import unplug as unplug

@@ -27,6 +27,30 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
     )
 
 
+def check_map(name: str, tensor: Tensor, channels: int | None = None, remedy: str = "") -> None:
+    """A map `[B, C, H, W]` with at least one pixel, of `channels` channels if given."""
+    _check_floating(name, tensor)
+    shape = tuple(tensor.shape)
+    flat = len(shape) != 4 or shape[2] < 1 or shape[3] < 1
+    if flat or (channels is not None and shape[1] != channels):
+        wanted = "C" if channels is None else channels
+        raise ValueError(
+            f"{name} must have shape [B, {wanted}, H, W], H and W at least 1; got {shape}{remedy}"
+        )
+
+
+def check_same_pixels(name: str, tensor: Tensor, teacher: Tensor) -> None:
+    """A map `[B, any, H, W]` of the teacher's batch and size, on its device."""
+    batch, _, height, width = teacher.shape
+    if tensor.shape[:1] + tensor.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
+        raise ValueError(
+            f"{name} must have shape [{batch}, any, {height}, {width}] to fit the teacher's "
+            f"{tuple(teacher.shape)}; got {tuple(tensor.shape)}. Resize one of them first, for example "
+            "with F.interpolate."
+        )
+    _check_device("teacher", teacher, tensor)
+
+
 def check_rows(student: Tensor, teacher: Tensor) -> None:
     """Two sets of vectors `[..., N, D]` of one shape."""
     _check_floating("student", student)
@@ -62,12 +86,20 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
 
 
-def check_count(name: str, value: int) -> None:
-    """An integer of at least one."""
+def check_nonnegative(name: str, value: float) -> None:
+    """A finite number, zero or above."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
+
+
+def check_count(name: str, value: int, *, minimum: int = 1) -> None:
+    """An integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}")
 
 
 def check_flag(name: str, value: bool) -> None:

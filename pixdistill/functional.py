@@ -1,4 +1,8 @@
 """The function forms of the losses, for flat inputs and for loops without modules."""
 
+from .masked_distillation import masked_distance as masked_distance
+from .masked_receptive_tokens import mask_diversity as mask_diversity
+from .masked_receptive_tokens import pooled_convolution as pooled_convolution
+from .masked_receptive_tokens import token_masks as token_masks
 from .ops.row_lse import row_lse as row_lse
 from .pixel_contrast import pixel_contrast_loss as pixel_contrast_loss

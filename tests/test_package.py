@@ -5,15 +5,18 @@ import json
 import re
 
 import pytest
+import torch
 from helpers import ROOT, run
 
 PACKAGE = ROOT / "pixdistill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "functional": 3,
+    "masked_distillation": 2,
     "pixel_contrast": 2,
     "spatial_adaptor": 2,
     "mhsa_plugin": 2,
+    "masked_receptive_tokens": 1,
     "pixel_queue": 1,
     "_head_layers": 1,
     "_checks": 0,
@@ -98,6 +101,17 @@ def test_peak_memory_never_holds_n_by_m():
     dense, streamed = rise("plain torch"), rise("ours: torch")
     assert dense > 2 * 4096 * 4096 * 4  # the measurement sees what it should
     assert streamed < 16 * 2**20
+
+
+def test_peak_memory_of_masked_distillation_is_a_few_maps():
+    """B 2, C 64, T 6, 64 x 64: a map is 2 MiB, a tensor [B, T, C, H, W] 12 MiB."""
+
+    def rise(name):
+        case = ("detection", "2", "64", "6", "64", "64")
+        return int(run("-m", "benchmarks", "maskd", "--measure-memory", name, "float32", *case))
+
+    assert rise("materialising") > 3 * 12 * 2**20  # the measurement sees what it should
+    assert rise("ours") < 12 * 2**20
 
 
 def test_peak_memory_of_the_loss_with_components_and_mask():
@@ -199,13 +213,27 @@ for settings in COSTS:
     assert all(seconds > 0 and extra < 256 for seconds, extra in rows)
 
 
+def test_maskd_benchmark_runs(tmp_path):
+    providers = ("materialising", "channels first", "ours", "one read")
+    options = ["--rounds", "1", "--output", str(tmp_path)]
+    options += ["--case", "detection", "2", "16", "3", "12", "14"]
+    for provider in providers:
+        options += ["--provider", provider]
+    run("-m", "benchmarks", "maskd", *options)
+    records = json.loads((tmp_path / "maskd_cpu_float32.json").read_text())["records"]
+    assert [r["provider"] for r in records] == list(providers)
+    exact = [r for r in records if r["provider"] != "one read"]
+    assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact)
+    assert all(r["seconds"] > 0 for r in records)
+    assert (tmp_path / "maskd_cpu_float32.png").stat().st_size > 10_000
+
+
 def test_distill_digits_smoke(tmp_path):
     picture = tmp_path / "digits.png"
     options = ("--seeds", "1", "--steps", "3", "--teacher-steps", "3", "--test-scenes", "8")
-    for loss in ("pcd", "pcd-queue"):
-        out = run(
-            "docs/examples/distill_digits.py", *options, "--loss", loss, "--output", str(picture)
-        )
+    options += ("--mask-steps", "3", "--output", str(picture))
+    for loss in ("pcd", "pcd-queue", "maskd", "mse"):
+        out = run("docs/examples/distill_digits.py", *options, "--loss", loss)
         assert "Verdict" in out or "difference" in out.lower()
     assert picture.stat().st_size > 20_000
 
@@ -222,6 +250,16 @@ def test_distill_pcd_smoke(tmp_path):
         # its scores, the table, the statement
         assert out.count("PCD, no adaptor") == int(seeds) + 2
         assert "PCD minus each other row" in out
+    assert picture.stat().st_size > 20_000
+
+
+def test_learn_masks_smoke(tmp_path):
+    picture, file = tmp_path / "masks.png", tmp_path / "masks.pth"
+    options = ("--steps", "3", "--teacher-steps", "3", "--mask-steps", "3", "--test-scenes", "8")
+    options += ("--output", str(picture), "--masks", str(file), "--num-tokens", "3")
+    out = run("docs/examples/learn_masks.py", *options)
+    assert "student through the masks" in out
+    assert torch.load(file)["mask_token"].shape == (3, 11)
     assert picture.stat().st_size > 20_000
 
 

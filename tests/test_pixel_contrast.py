@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     BACKENDS,
+    LargestTensor,
     assert_close,
     assert_within_budget,
     dense_contrast,
@@ -22,7 +23,6 @@ from helpers import high_precision as high_precision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixdistill import PixelContrastLoss, PixelQueue, functional, pixel_contrast_loss
 from pixdistill.ops.row_lse import tiled
@@ -829,21 +829,6 @@ def test_the_graph_keeps_neither_queue_nor_logits(backend, negatives, settings):
     assert max(sizes) <= 12 * 6
     reference = build("reference", negatives, keys, **settings)
     assert {keys.numel(), 12 * 65} <= set(saved_sizes(reference, *(x.cpu() for x in pair)))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest result of any operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else (results,):
-            if isinstance(result, torch.Tensor):
-                self.size = max(self.size, result.numel())
-        return results
 
 
 def test_nothing_of_size_n_by_n_or_n_by_k_is_made():

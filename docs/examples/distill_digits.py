@@ -6,13 +6,14 @@ Scikit-learn's bundled 8x8 digits (nothing is downloaded) are scaled, rotated an
 other on cluttered 64x64 scenes; the task is to name the digit under every pixel. A teacher of
 about 1M parameters is trained once. Then, for every seed, a student of about 30k parameters is
 trained twice from the same initial weights on the same batches: alone, and with a distillation
-loss that ties its feature map to the teacher's, pixel by pixel. The script prints the mean IoU of
-each on scenes made only of held-out digit images, with the paired difference and a verdict, and
-draws a few of those scenes to a PNG. It takes three to four minutes on two idle CPU cores.
+loss (`--loss`) that ties what it computes to the teacher's, pixel by pixel. The script prints the
+mean IoU of each on scenes made only of held-out digit images, with the paired difference and a
+verdict, and draws a few of those scenes to a PNG. It takes three to four minutes on two idle CPU
+cores.
 
 The students' training is short on purpose: what is compared is how far the same steps lead. The
-loss was tuned on other seeds and on the validation digits, where four times the steps (one seed,
-`--steps 2400`) brought the student to 56% with the loss and without it.
+losses were tuned on other seeds and on the validation digits, where four times the steps (one
+seed, `--steps 2400`) brought the student to 56% with `pcd` and without it.
 
 Besides pixdistill it needs scikit-learn, matplotlib and tqdm.
 """
@@ -27,29 +28,35 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from digit_scenes import (
+    BACKGROUND,
+    CLASSES,
+    FCN,
+    PALETTE,
+    TEACHER_SEED,
+    TEST_SEED,
+    Bench,
+    Builder,
+    Labelled,
+    Outputs,
+    draw_scenes,
+    load_splits,
+    mean_iou,
+)
+from learn_masks import MASK_STEPS, MASKED_WEIGHT, MaskedLogits, learn_tokens
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy import stats
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pixdistill import PixelContrastLoss, PixelQueue
 
-SCENE = 64  # pixels a side
-GLYPH = 32  # pixels a side, after enlarging the 8x8 originals once
-FRAGMENTS, DIGITS = 2, 5  # layers of a scene, bottom to top
-BACKGROUND, CLASSES = 10, 11
-BATCH = 8
 QUEUE_SIZE = 4096
-PEAK_RATES = {"teacher": 4e-3, "student": 1e-2}
-TEACHER_SEED, TEST_SEED = 10_000, 20_000  # apart from the students' 0, 1, 2, ...
-PALETTE = [*("#e0e0e0" if i == 7 else f"C{i}" for i in range(10)), "#20242c"]
 
 
 class PixelContrast(nn.Module):
@@ -63,196 +70,41 @@ class PixelContrast(nn.Module):
         self.contrast = PixelContrastLoss(temperature=0.1, negatives=negatives, queue=self.queue)
         self.weight = 2.0
 
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
         """Score the batch before it joins the queue, so that no image is its own negative."""
-        loss = self.contrast(self.projector(student_features), teacher_features)
+        loss = self.contrast(self.projector(student.features), teacher.features)
         if self.queue is not None:
-            self.queue.enqueue_pooled(teacher_features)
+            self.queue.enqueue_pooled(teacher.features)
         return self.weight * loss
 
 
-# A loss joins the comparison by one entry here: from the student's and the teacher's channels,
-# build a module that maps (student_features, teacher_features) to a weighted scalar. What
-# parameters it holds (a projector, say) train with the student and are dropped at test time.
-LOSSES: dict[str, Callable[[int, int], nn.Module]] = {
-    "pcd": PixelContrast,
-    "pcd-queue": partial(PixelContrast, queued=True),
+class LogitMatching(nn.Module):
+    """The control of MasKD: the same distance of the logits, without masks."""
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Weigh the mean squared difference as the masked one."""
+        return MASKED_WEIGHT * F.mse_loss(student.logits, teacher.logits)
+
+
+def pixel_contrast(_: Bench, teacher: FCN, __: int, *, queued: bool = False) -> Builder:
+    """PCD asks of the teacher no more than how wide its features are."""
+    return partial(PixelContrast, teacher_channels=teacher.channels, queued=queued)
+
+
+def masked_logits(bench: Bench, teacher: FCN, steps: int) -> Builder:
+    """MasKD first learns masks of the teacher's logits, once for all students."""
+    tokens, _ = learn_tokens(bench, teacher, steps)
+    return lambda _: MaskedLogits(tokens)
+
+
+# A loss joins the comparison by one entry here: given the frozen teacher, and where and for how
+# many steps to learn something about it first, return what builds the loss for a student.
+LOSSES: dict[str, Callable[[Bench, FCN, int], Builder]] = {
+    "pcd": pixel_contrast,
+    "pcd-queue": partial(pixel_contrast, queued=True),
+    "maskd": masked_logits,
+    "mse": lambda *_: lambda _: LogitMatching(),
 }
-
-
-class Labelled(NamedTuple):
-    """Digits [N, 32, 32] with a class each, or scenes [N, 1, 64, 64] with one for every pixel."""
-
-    images: Tensor
-    labels: Tensor
-
-
-def load_splits() -> dict[str, Labelled]:
-    """Split by digit image, so that no test scene shows handwriting seen in training."""
-    raw = load_digits()
-    images = torch.as_tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
-    images = F.interpolate(images, size=GLYPH, mode="bicubic").clamp(0, 1).squeeze(1)
-    labels = torch.as_tensor(raw.target, dtype=torch.long)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = {"train": order[:900], "validation": order[900:1200], "test": order[1200:]}
-    return {name: Labelled(images[part], labels[part]) for name, part in parts.items()}
-
-
-def place_layers(count: int, generator: torch.Generator) -> Tensor:
-    """Draw affine maps [count, layers, 2, 3] from the scene to each layer's glyph."""
-    layers = FRAGMENTS + DIGITS
-    # A jittered 3x3 grid lets digits overlap but seldom hide each other.
-    cells = torch.rand(count, 9, generator=generator).argsort(1)[:, :layers]
-    centres = torch.stack([cells % 3, cells // 3], dim=2) * 0.6 - 0.6
-    centres = centres + torch.rand(centres.shape, generator=generator) * 0.3 - 0.15
-    angle = torch.rand(count, layers, generator=generator) * 0.7 - 0.35
-    zoom = SCENE / (torch.rand(count, layers, generator=generator) * 12 + 24)
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rotation = torch.stack([cos, -sin, sin, cos], dim=2).view(count, layers, 2, 2)
-    return torch.cat([rotation, -rotation @ centres.unsqueeze(3)], dim=3)
-
-
-def draw_scenes(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
-    """Paint digits over fragments of digits over noise, later layers hiding earlier ones."""
-    layers = FRAGMENTS + DIGITS
-    pick = torch.randint(len(digits.labels), (count, layers), generator=generator)
-    glyphs, classes = digits.images[pick], digits.labels[pick]
-    # Swapping the quarters of a digit leaves strokes of handwriting that spell nothing.
-    glyphs[:, :FRAGMENTS] = glyphs[:, :FRAGMENTS].roll((GLYPH // 2, GLYPH // 2), dims=(2, 3))
-    classes[:, :FRAGMENTS] = BACKGROUND
-
-    theta = place_layers(count, generator).flatten(0, 1)
-    grid = F.affine_grid(theta, [count * layers, 1, SCENE, SCENE], align_corners=False)
-    ink = F.grid_sample(glyphs.flatten(0, 1).unsqueeze(1), grid, align_corners=False)
-    cover = ((ink - 0.3) * 5).clamp(0, 1).view(count, layers, SCENE, SCENE)
-
-    shade = torch.rand(count, layers, 1, 1, generator=generator) * 0.4 + 0.6
-    images = torch.rand(count, 1, 1, generator=generator) * 0.3 + 0.15
-    images = images.expand(count, SCENE, SCENE)
-    for cells in (4, 8, 16, 32):  # octaves of smooth noise make the texture
-        noise = torch.randn(count, 1, cells, cells, generator=generator)
-        images = images + 0.08 * F.interpolate(noise, size=SCENE, mode="bilinear").squeeze(1)
-    labels = torch.full((count, SCENE, SCENE), BACKGROUND)
-    for layer in range(layers):
-        images = torch.lerp(images, shade[:, layer].expand_as(images), cover[:, layer])
-        labels = torch.where(cover[:, layer] > 0.5, classes[:, layer, None, None], labels)
-    images = images + 0.05 * torch.randn(images.shape, generator=generator)
-    return Labelled(images.unsqueeze(1), labels)
-
-
-def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """Convolve, normalise and rectify: the unit that both networks are made of."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
-
-
-class Residual(nn.Module):
-    """A convolution beside a shortcut, so that depth does not slow so short a training."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.body = conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add what the convolution found to what came in."""
-        return x + self.body(x)
-
-
-class FCN(nn.Module):
-    """Fully convolutional network; at any width its features lie on a 16x16 grid."""
-
-    def __init__(self, stem: int, middle: int, deep: int, blocks: int, features: int):
-        super().__init__()
-        self.channels = features
-        self.middle = nn.Sequential(conv(1, stem, 2), conv(stem, middle, 2), Residual(middle))
-        self.deep = nn.Sequential(conv(middle, deep, 2), *(Residual(deep) for _ in range(blocks)))
-        self.fuse = conv(middle + deep, features)
-        # Each cell answers for four blocks of pixels, as strokes are thinner than a cell.
-        self.classify = nn.Sequential(nn.Conv2d(features, 4 * CLASSES, 1), nn.PixelShuffle(2))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits at the size of the images, and the features they are read from."""
-        middle = self.middle(images)
-        deep = F.interpolate(self.deep(middle), scale_factor=2, mode="bilinear")
-        features = self.fuse(torch.cat([middle, deep], dim=1))
-        logits = F.interpolate(self.classify(features), scale_factor=2, mode="bilinear")
-        return logits, features
-
-
-def build(role: str, seed: int) -> FCN:
-    """Build the teacher or a student; the seed alone decides the initial weights."""
-    torch.manual_seed(seed)
-    return FCN(24, 64, 128, 5, 64) if role == "teacher" else FCN(8, 16, 24, 3, 24)
-
-
-# A frozen teacher and the entry of LOSSES through which a student follows it.
-Guide = tuple[FCN, str] | None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every run shares, so that two runs differ only where they are meant to."""
-
-    digits: Labelled
-    test: Labelled
-    device: torch.device
-    amp: bool
-
-    def autocast(self) -> torch.autocast:
-        """Lower the precision of the forward passes if asked to."""
-        dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp)
-
-    def train(self, name: str, role: str, seed: int, steps: int, guide: Guide = None) -> FCN:
-        """Train weights, on scenes, that the seed alone decides, with or without a teacher."""
-        network = build(role, seed).to(self.device)
-        modules = nn.ModuleList([network])
-        if guide is not None:
-            teacher, loss = guide
-            distill = LOSSES[loss](network.channels, teacher.channels).to(self.device)
-            modules.append(distill)
-        optimizer = torch.optim.AdamW(modules.parameters(), weight_decay=1e-3)
-        # No fewer than ten, because OneCycleLR divides by the length of its phases.
-        length = max(steps, 10)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATES[role], length)
-        scaled = self.amp and self.device.type == "cuda"
-        scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=scaled)
-        # Digits outweigh the background, or the first steps learn to answer nothing else.
-        weights = torch.tensor([1.0] * BACKGROUND + [0.4], device=self.device)
-        generator = torch.Generator().manual_seed(seed)
-        # disable=None shows the bar on a terminal only, which keeps logs readable.
-        for _ in tqdm(range(steps), desc=name, unit="step", leave=False, disable=None):
-            images, labels = (t.to(self.device) for t in draw_scenes(self.digits, BATCH, generator))
-            with self.autocast():
-                logits, features = network(images)
-                objective = F.cross_entropy(logits, labels, weights)
-                if guide is not None:
-                    with torch.no_grad():
-                        _, teacher_features = teacher(images)
-                    objective = objective + distill(features, teacher_features)
-            optimizer.zero_grad()
-            scaler.scale(objective).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-        return network.eval().requires_grad_(False)
-
-    def answer(self, network: FCN) -> Tensor:
-        """Name the class of every pixel of the test scenes."""
-        with torch.no_grad(), self.autocast():
-            batches = [images.to(self.device) for images in self.test.images.split(32)]
-            return torch.cat([network(images)[0].argmax(1).cpu() for images in batches])
-
-
-def mean_iou(answer: Tensor, truth: Tensor) -> float:
-    """Average over the classes present the intersection over the union, in percent."""
-    pairs = torch.bincount((truth * CLASSES + answer).flatten(), minlength=CLASSES**2)
-    table = pairs.view(CLASSES, CLASSES).double()
-    union = table.sum(0) + table.sum(1) - table.diagonal()
-    return 100 * (table.diagonal()[union > 0] / union[union > 0]).mean().item()
 
 
 @dataclass(frozen=True)
@@ -341,11 +193,12 @@ def compare(options: argparse.Namespace) -> Result:
         return network, iou
 
     teacher, iou = score("teacher", "teacher", "teacher", TEACHER_SEED, options.teacher_steps)
+    guide = (teacher, LOSSES[options.loss](bench, teacher, options.mask_steps))
     result = Result(options.loss, iou, [], [])
     for seed in range(options.seeds):
         how = ("student", seed, options.steps)
         result.alone.append(score("student alone", f"seed {seed} alone", *how)[1])
-        name, guide = f"seed {seed} {options.loss}", (teacher, options.loss)
+        name = f"seed {seed} {options.loss}"
         result.distilled.append(score("distilled student", name, *how, guide)[1])
     draw_figure(test, answers, options.output)
     return result
@@ -359,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     add("--seeds", type=int, default=3, help="pairs of students to train (default: 3)")
     add("--steps", type=int, default=600, help="steps of a student (default: 600)")
     add("--teacher-steps", type=int, default=1200, help="steps of the teacher (default: 1200)")
+    add("--mask-steps", type=int, default=MASK_STEPS, help=f"of maskd's tokens ({MASK_STEPS})")
     add("--test-scenes", type=int, default=256, help="scenes to score on (default: 256)")
     add("--split", choices=("test", "validation"), default="test", help="digits to score on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -30,7 +30,7 @@ import skimage.data
 import skimage.io
 import torch
 import torch.nn.functional as F
-from distill_digits import (
+from digit_scenes import (
     BACKGROUND,
     CLASSES,
     Labelled,

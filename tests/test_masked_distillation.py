@@ -1,0 +1,1120 @@
+"""MaskedDistillationLoss: official outputs, the formula with explicit loops, properties and edges."""
+
+import copy
+import itertools
+import math
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    LargestTensor,
+    assert_close,
+    assert_within_budget,
+    fresh_compiler,
+    golden,
+    relative_error,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pixdistill import (
+    MaskedDistillationLoss,
+    MaskedReceptiveTokens,
+    functional,
+    masked_distillation,
+)
+from pixdistill.masked_distillation import masked_distance
+
+DETECTION = ("maskd_det_weighted", "maskd_det_custom", "maskd_det_plain")
+SHAPE = (2, 4, 5, 6)
+
+
+def maps(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    return pair[0].to(dtype), pair[1].to(dtype)
+
+
+def some_mask(*shape, seed=3):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) > 0.35
+
+
+def build_tokens(channels=4, num_tokens=3, *, weighted=True, seed=0, dtype=torch.float64):
+    """Tokens with masks far from 1/2 and weights far from 1/T; biases are not zero."""
+    tokens = MaskedReceptiveTokens(channels, num_tokens, weighted=weighted).double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in tokens.parameters():
+        parameter.data.normal_(generator=generator)
+    return tokens.to(dtype)
+
+
+def build(tokens=None, dtype=torch.float64, **settings):
+    tokens = build_tokens(dtype=dtype) if tokens is None else tokens
+    return MaskedDistillationLoss(tokens, **settings).to(dtype)
+
+
+def measure(loss, student, teacher, mask=None, factor=1.0):
+    """Value and the student's gradient; a loss an image is weighed image by image."""
+    student = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    value = loss(student, teacher, valid_mask=mask)
+    (grad,) = torch.autograd.grad(weighted_sum(value) * factor, student)
+    return value.detach(), grad
+
+
+def weighted_sum(value):
+    weights = torch.linspace(1.0, 2.0, max(value.numel(), 1), dtype=value.dtype)
+    return (value.flatten() * weights[: value.numel()]).sum()
+
+
+def dense_distance(student, teacher, masks, weights=None, eps=0.0, valid=None):
+    """The formula `[B]` image by image, token by token, channel by channel."""
+    images = []
+    for b in range(student.shape[0]):
+        seen = torch.ones_like(masks[b, 0], dtype=torch.bool) if valid is None else valid[b]
+        value = student[b].sum() * 0 if seen.all() else student[b][:, seen].sum() * 0
+        for t in range(masks.shape[1]):
+            mask = masks[b, t][seen].detach()
+            share = 1 / masks.shape[1] if weights is None else weights[b, t].detach()
+            area = mask.sum() + eps
+            if area > 0:
+                for c in range(student.shape[1]):
+                    gap = student[b, c][seen] - teacher[b, c][seen].detach()
+                    value = value + share * ((mask * gap) ** 2).sum() / area / student.shape[1]
+        images.append(value)
+    return torch.stack(images)
+
+
+def dense_weights(tokens, teacher):
+    if tokens.prob is None:
+        return None
+    return tokens.prob(teacher).flatten(1).softmax(1).detach()
+
+
+def dense_loss(tokens, student, teacher, *, custom=False, eps=1e-5, valid=None, weights=None):
+    """A loss an image, with the real convolution; `weights` where a mask leaves the image no edge."""
+    token = tokens.mask_token.detach()
+    masks = torch.einsum("tc,bchw->bthw", token, teacher).sigmoid()
+    if custom:
+        masks = masks * torch.einsum("tc,bchw->bthw", token, student.detach()).sigmoid()
+    weights = dense_weights(tokens, teacher) if weights is None else weights
+    return dense_distance(student, teacher, masks, weights, eps, valid)
+
+
+def dense_with_grad(student, *arguments, reduce=torch.Tensor.mean, **settings):
+    student = student.detach().clone().requires_grad_()
+    value = reduce(dense_loss(arguments[0], student, *arguments[1:], **settings))
+    (grad,) = torch.autograd.grad(weighted_sum(value), student)
+    return value.detach(), grad
+
+
+def assert_same(ours, truth, tolerance):
+    """Values and gradients; absolute where everything vanishes."""
+    for a, b in zip(ours, truth, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= tolerance * (b.norm() + 1e-3)
+
+
+# --- The official outputs -------------------------------------------------------------------------
+
+
+def official_problem(name, dtype):
+    official = golden(name)
+    if name == "maskd_seg":
+        tokens = MaskedReceptiveTokens.from_official({"mask_token": official["mask_token"]})
+        settings, factor = {"eps": 1e-5}, 0.5
+    else:
+        state = {k[6:]: v for k, v in official.items() if k.startswith("state.")}
+        state = {f"mask_modules.0.{key}": value for key, value in state.items()}
+        tokens = MaskedReceptiveTokens.from_official({"state_dict": state})
+        settings = {"eps": 0.0, "customize_after": 0 if official["custom_mask"] else None}
+        factor = 1.0
+    loss = MaskedDistillationLoss(tokens, **settings).to(dtype)
+    return loss, official["student"].to(dtype), official["teacher"].to(dtype), factor, official
+
+
+@pytest.mark.parametrize("name", [*DETECTION, "maskd_seg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_official_outputs(name, dtype):
+    loss, student, teacher, factor, official = official_problem(name, dtype)
+    value, grad = measure(loss, student, teacher, factor=factor)
+    assert value.dtype == dtype
+    assert_close(factor * value, official["loss"], 1e-6)
+    assert_close(grad, official["grad_student"], 1e-6)
+
+
+def test_official_outputs_tell_the_variants_apart():
+    for name, change in itertools.product(
+        [*DETECTION, "maskd_seg"], [{"customize_after": 0}, {"eps": 1.0}]
+    ):
+        loss, student, teacher, factor, official = official_problem(name, torch.float64)
+        if loss.customize_after == change.get("customize_after", -1):
+            continue
+        other = MaskedDistillationLoss(loss.tokens, **{"eps": loss.eps, **change})
+        assert relative_error(factor * other(student, teacher), official["loss"]) > 1e-3
+
+
+# --- The formula ----------------------------------------------------------------------------------
+
+problems = st.fixed_dictionaries(
+    {
+        "shape": st.tuples(*(st.integers(1, n) for n in (3, 4, 5, 5))),
+        "num_tokens": st.integers(1, 4),
+        "weighted": st.booleans(),
+        "custom": st.booleans(),
+        "eps": st.sampled_from([0.0, 1e-5, 0.3]),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def make(problem):
+    tokens = build_tokens(
+        problem["shape"][1],
+        problem["num_tokens"],
+        weighted=problem["weighted"],
+        seed=problem["seed"],
+    )
+    settings = {"customize_after": 0 if problem["custom"] else None, "eps": problem["eps"]}
+    return tokens, settings, *maps(*problem["shape"], seed=problem["seed"])
+
+
+@given(problem=problems, reduction=st.sampled_from(["mean", "sum", "none"]))
+def test_any_problem_equals_dense_truth(problem, reduction):
+    tokens, settings, student, teacher = make(problem)
+    loss = build(tokens, reduction=reduction, **settings)
+    reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction]
+    truth = dense_with_grad(
+        student, tokens, teacher, custom=problem["custom"], eps=problem["eps"], reduce=reduce
+    )
+    assert_same(measure(loss, student, teacher), truth, 1e-11)
+
+
+@given(problem=problems, data=st.data())
+def test_any_valid_mask_deletes_pixels(problem, data):
+    tokens, settings, student, teacher = make(problem)
+    batch, _, height, width = student.shape
+    entries = st.lists(
+        st.booleans(), min_size=student[:, 0].numel(), max_size=batch * height * width
+    )
+    valid = torch.tensor(data.draw(entries)).view(batch, height, width)
+    loss = build(tokens, reduction="none", **settings)
+    ours = measure(loss, student, teacher, valid)
+    truth = dense_with_grad(
+        student,
+        tokens,
+        teacher,
+        custom=problem["custom"],
+        eps=problem["eps"],
+        valid=valid,
+        weights=tokens.weights(teacher, valid_mask=valid),
+        reduce=torch.clone,
+    )
+    assert_same(ours, truth, 1e-11)
+    hidden = ~valid.unsqueeze(1)
+    poisoned = measure(
+        loss, student.masked_fill(hidden, torch.nan), teacher.masked_fill(hidden, torch.inf), valid
+    )
+    assert all(torch.equal(a, b) for a, b in zip(poisoned, ours, strict=True))
+
+
+def distance_problem(seed=0, dtype=torch.float64):
+    student, teacher = maps(*SHAPE, seed=seed)
+    masks = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(seed)).double()
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]]).double()
+    return [x.to(dtype) for x in (student, teacher, masks, weights)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
+def test_masked_distance_equals_the_formula(weighted, eps):
+    student, teacher, masks, weights = distance_problem()
+    weights = weights if weighted else None
+    ours = masked_distance(student, teacher, masks, weights, eps=eps)
+    assert_close(ours, dense_distance(student, teacher, masks, weights, eps), 1e-13)
+    if weighted:  # the lines of its docstring
+        masked = masks.unsqueeze(2) * (student - teacher).unsqueeze(1)
+        areas = masks.sum((2, 3)) + eps
+        assert_close(ours, (weights * masked.square().sum((3, 4)).mean(2) / areas).sum(1), 1e-13)
+    valid = some_mask(2, 5, 6)
+    ours = masked_distance(student, teacher, masks, weights, eps=eps, valid_mask=valid)
+    assert_close(ours, dense_distance(student, teacher, masks, weights, eps, valid), 1e-13)
+
+
+@pytest.mark.parametrize("block", [1, 30, 48, 100, 10_000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_any_size_give_the_same(block, masked, monkeypatch):
+    student, teacher = maps(*SHAPE)
+    valid = some_mask(2, 5, 6) if masked else None
+    loss = build(reduction="none")
+    expected = measure(loss, student, teacher, valid)
+    monkeypatch.setattr(masked_distillation, "_CPU_BLOCK", block)
+    assert_same(measure(loss, student, teacher, valid), expected, 1e-14)
+    gaps = list(masked_distillation._gaps(student, teacher, student.dtype, valid))
+    rows = [range(5)[part] for part, _ in gaps]
+    assert [row for part in rows for row in part] == list(range(5))
+    assert max(map(len, rows)) == min(5, max(1, block // (2 * 4 * 6)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_gradcheck(weighted, custom, masked, aligned):
+    """First and second order: the loss is a quadratic form of the student, its own masks aside."""
+    tokens = build_tokens(weighted=weighted)
+    width = 3 if aligned else 4
+    loss = build(tokens, eps=0.0, reduction="none", student_channels=width if aligned else None)
+    student, teacher = maps(2, width, 2, 3)[0].requires_grad_(), maps(2, 4, 2, 3, seed=1)[0]
+    valid = some_mask(2, 2, 3) if masked else None
+    if custom:  # the student's masks are constants: they are taken here, and not differentiated
+        fixed = maps(2, 4, 2, 3, seed=2)[0]
+        loss.customize_after = 0
+        original = tokens.masks
+        tokens.masks = lambda x: original(teacher if x is teacher else fixed)
+    names = [name for name, p in loss.named_parameters() if p.requires_grad]
+
+    def function(student, *parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(loss, state, (student, teacher), {"valid_mask": valid})
+
+    inputs = (student, *(loss.get_parameter(n).detach().requires_grad_() for n in names))
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_second_order_gradients_are_right():
+    loss, (student, teacher) = build(), maps(*SHAPE)
+    results = []
+    for function in (loss, lambda s, t: dense_loss(loss.tokens[0], s, t).mean()):
+        leaf = student.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf, teacher), leaf, create_graph=True)
+        results.append((grad.detach(), torch.autograd.grad(grad.pow(3).sum(), leaf)[0]))
+    for ours, truth in zip(*results, strict=True):
+        assert_close(ours, truth, 1e-12)
+
+
+# --- Properties -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("custom", [None, 0])
+def test_zero_with_a_zero_gradient_for_student_equal_to_teacher(custom):
+    _, teacher = maps(*SHAPE)
+    value, grad = measure(build(customize_after=custom), teacher, teacher)
+    assert value == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@given(problem=problems, factor=st.floats(-3, 3))
+def test_quadratic_in_the_difference(problem, factor):
+    tokens, settings, student, teacher = make({**problem, "custom": False})
+    loss = build(tokens, **settings)
+    value = loss(student, teacher)
+    assert value >= 0
+    scaled = loss(teacher + factor * (student - teacher), teacher)
+    assert (scaled - factor**2 * value).abs() <= 1e-12 * (1 + value)
+
+
+@given(problem=problems)
+def test_order_of_pixels_and_tokens_does_not_matter(problem):
+    tokens, settings, student, teacher = make({**problem, "weighted": False})
+    expected = build(tokens, **settings)(student, teacher)
+    generator = torch.Generator().manual_seed(problem["seed"])
+    order = torch.randperm(student[0, 0].numel(), generator=generator)
+    shuffled = (x.flatten(2)[..., order].view_as(x) for x in (student, teacher))
+    assert_same([build(tokens, **settings)(*shuffled)], [expected], 1e-12)
+    tokens.mask_token.data = tokens.mask_token.data.flip(0)
+    assert_same([build(tokens, **settings)(student, teacher)], [expected], 1e-12)
+
+
+def test_a_batch_is_its_images_one_by_one():
+    loss = build(customize_after=0, reduction="none")
+    student, teacher = maps(3, 4, 5, 6)
+    alone = [loss(*pair) for pair in zip(student.split(1), teacher.split(1), strict=True)]
+    assert_close(loss(student, teacher), torch.cat(alone), 1e-13)
+
+
+@pytest.mark.parametrize("custom", [None, 0])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_valid_rectangle_is_a_cropped_image(custom, aligned):
+    loss = build(customize_after=custom, student_channels=4 if aligned else None)
+    student, teacher = maps(2, 4, 7, 8)
+    valid = torch.zeros(2, 7, 8, dtype=torch.bool)
+    valid[:, 2:6, 1:6] = True
+    ours = measure(loss, student, teacher, valid)
+    crop = measure(loss, student[:, :, 2:6, 1:6], teacher[:, :, 2:6, 1:6])
+    assert_close(ours[0], crop[0], 1e-12)
+    assert_close(ours[1], F.pad(crop[1], (1, 2, 2, 1)), 1e-12)
+    full = torch.ones_like(valid)
+    assert_same(measure(loss, student, teacher, full), measure(loss, student, teacher), 1e-12)
+
+
+def test_reductions_agree_with_each_other():
+    student, teacher = maps(3, 4, 5, 6)
+    valid = some_mask(3, 5, 6)
+    valid[1] = False  # an image without a valid pixel counts for nothing, also in the mean
+    for mask, count in ((None, 3), (valid, 2)):
+        images = build(reduction="none")(student, teacher, valid_mask=mask)
+        assert images.shape == (3,)
+        assert_close(build(reduction="sum")(student, teacher, valid_mask=mask), images.sum(), 1e-13)
+        mean = build(reduction="mean")(student, teacher, valid_mask=mask)
+        assert_close(mean, images.sum() / count, 1e-13)
+    assert images[1] == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_valid_is_zero_attached_to_the_graph(reduction, aligned, batch):
+    loss = build(reduction=reduction, customize_after=0, student_channels=4 if aligned else None)
+    student, teacher = (x[:batch].requires_grad_() for x in maps(*SHAPE))
+    valid = torch.zeros(batch, 5, 6, dtype=torch.bool)
+    for mask in (valid,) if batch else (valid, None):
+        value = loss(student, teacher, valid_mask=mask)
+        assert torch.equal(value, torch.zeros_like(value))
+        student.grad = None
+        value.sum().backward()
+        assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_valid_pixel_that_is_not_finite_shows(poison, side):
+    pair = maps(*SHAPE)
+    pair[side][0, 1, 2, 3] = poison
+    value = build(reduction="none")(*pair)
+    assert not value[0].isfinite()
+    assert value[1].isfinite()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_invalid_pixels_may_hold_anything_before_an_alignment(poison):
+    loss = build(student_channels=3, customize_after=0)
+    student, teacher, valid = maps(2, 3, 5, 6)[0], maps(*SHAPE)[1], some_mask(2, 5, 6)
+    results = []
+    for fill in (0.5, poison):
+        leaf = student.masked_fill(~valid.unsqueeze(1), fill).requires_grad_()
+        value = loss(leaf, teacher.masked_fill(~valid.unsqueeze(1), fill), valid_mask=valid)
+        parameters = [leaf, *loss.align.parameters()]
+        results.append((value.detach(), *torch.autograd.grad(value, parameters)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(part.isfinite().all() for part in results[1])
+
+
+# --- Masks at their limits ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("custom", [None, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("token", [-1e3, -30.0, -24.0, -22.5, 1e3])
+def test_masks_that_saturate_stay_finite(eps, custom, dtype, token):
+    """Logits of four times `token`: masks of exactly 0, below the normal range, and exactly 1."""
+    tokens = build_tokens(dtype=torch.float32)
+    tokens.mask_token.data.fill_(token)
+    loss = MaskedDistillationLoss(tokens, eps=eps, customize_after=custom)
+    student, teacher = maps(*SHAPE)[0].to(dtype), torch.ones(SHAPE, dtype=dtype)
+    value, grad = measure(loss, student, teacher)
+    assert value.isfinite()
+    assert grad.isfinite().all()
+    if token == -1e3:
+        assert value == 0
+        assert torch.equal(grad, torch.zeros_like(grad))
+    if token == 1e3 and custom is None:
+        gap = student.double() - 1
+        assert_close(value, gap.square().mean(), 1e-4)
+
+
+def test_one_saturated_token_leaves_the_others_alone():
+    student, teacher, masks, weights = distance_problem()
+    masks[0, 1] = 0
+    ours = masked_distance(student, teacher, masks, weights, eps=0.0)
+    assert_close(ours, dense_distance(student, teacher, masks, weights), 1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-30, 1e-37])
+def test_tiny_masks_keep_their_share(scale):
+    """In float32 the square of such a mask is zero; divided by its sum first, it is not."""
+    student, teacher, masks, weights = distance_problem(dtype=torch.float32)
+    ours = masked_distance(student, teacher, masks * scale, weights, eps=0.0)
+    truth = dense_distance(*(x.double() for x in (student, teacher, masks, weights)))
+    assert_close(ours / scale, truth, 1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_float16_mask_sums_above_its_range(masked):
+    size = (1, 2, 280, 300)  # a sum of 84000
+    student, teacher = maps(*size, dtype=torch.float16)
+    tokens = build_tokens(2, 2, weighted=False, dtype=torch.float32)
+    tokens.mask_token.data.zero_()
+    tokens.mask_token.data[:, 0] = 20.0
+    teacher[:, 0] = 1.0
+    valid = torch.ones(1, 280, 300, dtype=torch.bool) if masked else None
+    for module in (tokens, copy.deepcopy(tokens).half()):
+        loss = MaskedDistillationLoss(module, reduction="sum")
+        value, grad = measure(loss, student, teacher, valid, factor=2.0**16)
+        gap = student.double() - teacher.double()
+        assert_close(value, gap.square().mean(), 1e-5)
+        assert grad.dtype == torch.float16
+        assert_close(grad, 2.0**17 * gap / gap.numel(), 1e-3)
+
+
+# --- Gradients go to the student alone ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("custom", [None, 0])
+def test_neither_teacher_nor_tokens_get_a_gradient(custom):
+    tokens = build_tokens()
+    assert all(p.requires_grad for p in tokens.parameters())
+    loss = build(tokens, customize_after=custom, student_channels=3)
+    assert not any(p.requires_grad for p in tokens.parameters())
+    assert loss.tokens[0] is tokens
+    assert {n for n, p in loss.named_parameters() if p.requires_grad} == {
+        "align.0.weight",
+        "align.0.bias",
+    }
+    for frozen in (True, False):  # also when someone sets them free again
+        tokens.requires_grad_(not frozen)
+        student, teacher = maps(2, 3, 5, 6)[0].requires_grad_(), maps(*SHAPE)[1].requires_grad_()
+        loss(student, teacher).backward()
+        assert teacher.grad is None
+        assert all(p.grad is None for p in tokens.parameters())
+        assert student.grad.norm() > 0
+        assert loss.align[0].weight.grad.norm() > 0
+    before = copy.deepcopy(tokens.state_dict())
+    loss.train()(student, teacher).backward()
+    assert all(torch.equal(before[key], value) for key, value in tokens.state_dict().items())
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_only_the_student_gets_a_gradient_from_the_function(compiling, monkeypatch):
+    """In both orders, and in the plain formula that a compiler sees."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    student, *others = (x.requires_grad_() for x in distance_problem())
+    value = masked_distance(student, *others).sum()
+    (grad,) = torch.autograd.grad(value, student, create_graph=True)
+    for result in (value, grad.square().sum()):
+        grads = torch.autograd.grad(
+            result, [student, *others], retain_graph=True, allow_unused=True
+        )
+        assert grads[0].norm() > 0
+        assert grads[1:] == (None, None, None)
+
+
+def test_a_frozen_student_gives_a_loss_without_gradient():
+    student, teacher = maps(*SHAPE)
+    assert not build()(student, teacher).requires_grad
+    with torch.no_grad():
+        assert not build()(student.requires_grad_(), teacher).requires_grad
+
+
+def test_inputs_are_left_as_they_were():
+    loss, (student, teacher), valid = build(customize_after=0), maps(*SHAPE), some_mask(2, 5, 6)
+    inputs = (student, teacher, valid)
+    before = [x.clone() for x in inputs]
+    loss(student.requires_grad_(), teacher, valid_mask=valid).backward()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    _, _, masks, weights = inputs = distance_problem()
+    before = [x.clone() for x in inputs]
+    masked_distance(student.detach(), teacher, masks, weights, valid_mask=valid)
+    assert all(torch.equal(a, b) for a, b in zip(inputs[2:], before[2:], strict=True))
+
+
+# --- Levels and alignment -------------------------------------------------------------------------
+
+LEVELS = ((6, 9), (3, 5), (1, 2))
+
+
+def level_problem(channels=(4, 4, 4), batch=2):
+    tokens = [build_tokens(c, 3, seed=i) for i, c in enumerate(channels)]
+    pairs = [maps(batch, 4, *size, seed=i) for i, size in enumerate(LEVELS)]
+    return tokens, [s for s, _ in pairs], [t for _, t in pairs]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("container", [list, tuple, torch.nn.ModuleList])
+def test_levels_are_added(reduction, container):
+    tokens, students, teachers = level_problem()
+    settings = {"reduction": reduction, "customize_after": 0}
+    loss = build(container(tokens), **settings)
+    valid = [some_mask(2, *LEVELS[0]), None, torch.zeros(2, *LEVELS[2], dtype=torch.bool)]
+    for masks in (None, valid, tuple(valid)):
+        parts = loss.components(students, tuple(teachers), valid_mask=masks)
+        alone = [
+            build(module, **settings)(s, t, valid_mask=v)
+            for module, s, t, v in zip(tokens, students, teachers, masks or [None] * 3, strict=True)
+        ]
+        assert parts.levels.shape == (3, *((2,) if reduction == "none" else ()))
+        assert_close(parts.levels, torch.stack(alone), 1e-13)
+        assert_close(parts.loss, sum(alone), 1e-13)
+        assert torch.equal(loss(students, teachers, valid_mask=masks), parts.loss)
+    assert parts.levels[2].sum() == 0
+
+
+def test_components_carry_the_gradient():
+    tokens, students, teachers = level_problem()
+    loss = build(tokens)
+    for student in students:
+        student.requires_grad_()
+    parts = loss.components(students, teachers)
+    (parts.levels * torch.tensor([1.0, 0.0, 2.0])).sum().backward()
+    grads = [student.grad for student in students]
+    assert (grads[1] == 0).all()
+    again = torch.autograd.grad(loss(students, teachers), students)
+    assert_close(grads[0], again[0], 1e-13)
+    assert_close(grads[2], 2 * again[2], 1e-13)
+
+
+def test_one_level_may_be_given_bare_or_in_a_sequence():
+    student, teacher = maps(*SHAPE)
+    valid = some_mask(2, 5, 6)
+    loss = build()
+    expected = loss(student, teacher, valid_mask=valid)
+    assert loss([student], (teacher,), valid_mask=[valid]) == expected
+    assert build([build_tokens()])(student, teacher, valid_mask=valid) == expected
+    assert loss.components(student, teacher, valid_mask=valid).levels.shape == (1,)
+
+
+@pytest.mark.parametrize("channels", [3, (3, 5, 2), [3, 3, 3]], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_alignment_is_a_convolution_in_front(channels, masked):
+    tokens, _, teachers = level_problem()
+    loss = build(tokens, student_channels=channels, customize_after=0)
+    widths = [channels] * 3 if isinstance(channels, int) else channels
+    students = [maps(2, c, *size)[0] for c, size in zip(widths, LEVELS, strict=True)]
+    valid = [some_mask(2, *size) for size in LEVELS] if masked else None
+    assert [layer.kernel_size for layer in loss.align] == [(1, 1)] * 3
+    results = []
+    for aligned in (True, False):
+        leaves = [student.clone().requires_grad_() for student in students]
+        inputs = leaves
+        function = loss
+        if not aligned:
+            function = build(tokens, customize_after=0)
+            inputs = [layer(leaf) for layer, leaf in zip(loss.align, leaves, strict=True)]
+        value = function(inputs, teachers, valid_mask=valid)
+        wanted = [*leaves, *loss.align.parameters()]
+        results.append((value.detach(), *torch.autograd.grad(value, wanted)))
+    assert_same(*results, 1e-12)
+
+
+# --- Customising after a number of steps ----------------------------------------------------------
+
+
+def test_the_students_masks_join_after_n_steps():
+    student, teacher = maps(*SHAPE)
+    before, after = build()(student, teacher), build(customize_after=0)(student, teacher)
+    assert relative_error(before, after) > 1e-3
+    loss = build(customize_after=2)
+    for expected in (before, before, after, after):
+        for _ in range(3):  # gradient accumulation: forward does not count
+            assert torch.equal(loss(student, teacher), expected)
+        loss.step()
+    assert loss.steps == 4
+    plain = build()
+    plain.step()
+    assert torch.equal(plain(student, teacher), before)
+
+
+def test_forward_has_no_side_effects():
+    loss, (student, teacher) = build(customize_after=1), maps(*SHAPE)
+    before = copy.deepcopy(loss.state_dict())
+    for mode in (True, False):
+        loss.train(mode)
+        loss(student.requires_grad_(), teacher).backward()
+        loss.components(student, teacher)
+    assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
+
+
+def test_resumes_in_the_middle_of_the_warm_up():
+    student, teacher = maps(*SHAPE)
+    loss = build(customize_after=3)
+    loss.step()
+    loss.step()
+    fresh = build(build_tokens(seed=7), customize_after=3)
+    fresh.load_state_dict(pickle.loads(pickle.dumps(loss.state_dict())))
+    for _ in range(3):
+        assert torch.equal(fresh(student, teacher), loss(student, teacher))
+        loss.step()
+        fresh.step()
+    assert fresh.steps == 5
+    assert torch.equal(fresh(student, teacher), build(customize_after=0)(student, teacher))
+
+
+def test_the_step_count_is_an_integer_buffer():
+    loss = build(customize_after=3)
+    assert dict(loss.named_buffers()).keys() == {"steps"}
+    loss.half()
+    loss.step()
+    assert loss.steps.dtype == torch.int64
+    assert loss.steps.shape == ()
+
+
+def test_the_students_masks_change_the_gradient_only_as_constants():
+    tokens, (student, teacher) = build_tokens(), maps(*SHAPE)
+    ours = measure(build(tokens, customize_after=0, eps=0.0), student, teacher)
+    masks = tokens.masks(teacher) * tokens.masks(student)
+    leaf = student.clone().requires_grad_()
+    truth = dense_distance(leaf, teacher, masks, dense_weights(tokens, teacher)).mean()
+    (grad,) = torch.autograd.grad(truth, leaf)
+    assert_same(ours, (truth.detach(), grad), 1e-12)
+
+
+# --- Dtypes and layouts ---------------------------------------------------------------------------
+
+
+def plain_loss(tokens, student, teacher):
+    """What one would write in plain PyTorch, in the dtype of the inputs, customised."""
+    with torch.no_grad():
+        masks = [
+            torch.matmul(tokens.mask_token.to(x.dtype), x.flatten(2)).sigmoid().view(2, -1, 1, 9, 7)
+            for x in (teacher, student)
+        ]
+        mask = masks[0] * masks[1]
+        weights = copy.deepcopy(tokens.prob).to(teacher.dtype)(teacher).flatten(1).softmax(1)
+    squares = (student.unsqueeze(1) * mask - teacher.unsqueeze(1) * mask) ** 2
+    value = squares.sum((3, 4)) / mask.sum((3, 4))
+    return (value.mean(2) * weights).sum(1).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_error_stays_within_twice_plain_pytorch(dtype, autocast):
+    tokens = build_tokens(16, 5, dtype=torch.float32)
+    tokens.mask_token.data /= 4
+    student, teacher = maps(2, 16, 9, 7, dtype=dtype)
+    loss = MaskedDistillationLoss(tokens, customize_after=0, eps=0.0)
+    results = []
+    for function in (loss, lambda s, t: plain_loss(tokens, s, t)):
+        leaf = student.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = function(leaf, teacher)
+        (grad,) = torch.autograd.grad(value * 64, leaf)
+        results.append((value.detach(), grad))
+    double = copy.deepcopy(tokens).double()
+    truth = dense_with_grad(student.double(), double, teacher.double(), custom=True, eps=0.0)
+    assert results[0][0].dtype == torch.float32
+    assert results[0][1].dtype == dtype
+    tiny = 1e-6 if dtype == torch.float32 else 1e-3
+    assert_within_budget(results[0][0], results[1][0], truth[0], tiny)
+    assert_within_budget(results[0][1] / 64, results[1][1] / 64, truth[1], tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_teacher_may_have_another_dtype(dtype, other, masked):
+    student, teacher = maps(*SHAPE)
+    student, teacher = student.to(dtype), teacher.to(other)
+    valid = some_mask(2, 5, 6) if masked else None
+    tokens = build_tokens(dtype=torch.float32)
+    tokens.mask_token.data /= 4
+    loss = MaskedDistillationLoss(tokens, reduction="none")
+    value, grad = measure(loss, student, teacher, valid)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert grad.dtype == dtype
+    exact = MaskedDistillationLoss(copy.deepcopy(tokens).double(), reduction="none")
+    truth = measure(exact, student.double(), teacher.double(), valid)
+    half = torch.bfloat16 in (dtype, other) or torch.float16 in (dtype, other)
+    assert_close(value, truth[0], 5e-3 if half else 1e-6)
+    assert_close(grad, truth[1], 1e-2 if half else 1e-6)
+
+
+def test_autocast_aligns_in_half_precision_and_sums_in_float32():
+    loss = build(dtype=torch.float32, student_channels=3)
+    student, teacher = (
+        maps(2, 3, 5, 6, dtype=torch.float32)[0],
+        maps(*SHAPE, dtype=torch.float32)[1],
+    )
+    seen = []
+    loss.align[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, grad = measure(loss, student, teacher)
+    assert seen == [torch.bfloat16]
+    assert value.dtype == grad.dtype == torch.float32
+    assert_close(value, measure(loss, student, teacher)[0], 1e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_strided_maps_equal_contiguous_ones(masked, aligned):
+    student, teacher = maps(*SHAPE, dtype=torch.float32)
+    valid = some_mask(2, 5, 6) if masked else None
+    loss = build(dtype=torch.float32, customize_after=0, student_channels=4 if aligned else None)
+    expected = measure(loss, student, teacher, valid)
+    forms = {
+        "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "sliced": lambda x: torch.stack([x, x + 1], dim=-1).flatten(3)[..., ::2],
+        "cropped": lambda x: F.pad(x, (1, 2, 3, 1))[..., 3:-1, 1:-2],
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    }
+    if masked:
+        valid = torch.stack([valid, ~valid], dim=-1).flatten(2)[..., ::2]
+    for (name, form), both in itertools.product(forms.items(), (True, False)):
+        assert not form(student).is_contiguous(), name
+        value = loss(form(student).requires_grad_(), form(teacher) if both else teacher)
+        leaf = form(student).requires_grad_()
+        value = loss(leaf, form(teacher) if both else teacher, valid_mask=valid)
+        (grad,) = torch.autograd.grad(value, leaf)
+        assert_close(value, expected[0], 1e-6)
+        assert_close(grad, expected[1], 2e-6)
+
+
+def test_the_gradient_of_a_channels_last_map_is_channels_last():
+    student, teacher = (
+        x.contiguous(memory_format=torch.channels_last) for x in maps(*SHAPE, dtype=torch.float32)
+    )
+    _, grad = measure(build(dtype=torch.float32), student, teacher)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_expanded_maps_equal_contiguous_ones():
+    student, teacher = maps(1, 4, 5, 1, dtype=torch.float32)
+    loss = build(dtype=torch.float32, customize_after=0)
+    results = []
+    for form in (lambda x: x, torch.Tensor.contiguous):
+        leaf = student.clone().requires_grad_()
+        wide = form(leaf.expand(2, 4, 5, 6))
+        value = loss(wide, form(teacher.expand(2, 4, 5, 6)))
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    assert_same(*results, 1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_same_bits_twice(strict):
+    student, teacher = maps(2, 4, 9, 9, dtype=torch.float32)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(strict)
+    try:
+        loss = build(dtype=torch.float32, customize_after=0)
+        one, two = (measure(loss, student, teacher, some_mask(2, 9, 9)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def test_nothing_of_tokens_times_channels_times_pixels_is_made():
+    student, teacher = maps(2, 8, 12, 13, dtype=torch.float32)
+    for aligned, masked in itertools.product((False, True), repeat=2):
+        loss = build(
+            build_tokens(8, 6, dtype=torch.float32),
+            torch.float32,
+            customize_after=0,
+            student_channels=8 if aligned else None,
+        )
+        valid = some_mask(2, 12, 13) if masked else None
+        with LargestTensor() as largest:
+            loss(student.requires_grad_(), teacher, valid_mask=valid).backward()
+        # With a mask, the nine windows of a pixel [B, 9, HW] exceed eight channels.
+        assert largest.size == student.numel() * (9 / 8 if masked else 1)
+
+
+def test_forward_makes_nothing_of_the_size_of_a_map(monkeypatch):
+    monkeypatch.setattr(masked_distillation, "_CPU_BLOCK", 2 * 64 * 13)
+    student, teacher = maps(2, 64, 12, 13, dtype=torch.float32)
+    loss = build(build_tokens(64, 3, dtype=torch.float32), torch.float32, customize_after=0)
+    loss.tokens[0].weights(teacher)
+
+    class Made(LargestTensor):
+        """The largest result that is not a view of its inputs."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None and not func.is_view:
+                self.size = max(self.size, result.numel())
+            return result
+
+    parameters = max(p.numel() for p in loss.parameters())
+    with Made() as made:
+        value = loss(student.requires_grad_(), teacher)
+    assert made.size <= max(parameters, student.numel() // 12)
+    with Made() as made:
+        value.backward()
+    assert made.size == student.numel()
+
+
+def test_the_graph_keeps_the_maps_and_one_number_a_pixel():
+    student, teacher = maps(*SHAPE, dtype=torch.float32)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    loss = build(dtype=torch.float32, customize_after=0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(student.requires_grad_(), teacher)
+    large = [tensor for tensor in kept if tensor.numel() > 2 * 5 * 6]
+    assert {tensor.data_ptr() for tensor in large} == {student.data_ptr(), teacher.data_ptr()}
+    assert sum(tensor.shape == (2, 5, 6) for tensor in kept) == 1
+    value.backward()
+
+
+def test_a_map_overwritten_before_backward_is_refused():
+    student, teacher = maps(*SHAPE)
+    value = build()(student.requires_grad_(), teacher)
+    teacher.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+# --- State ----------------------------------------------------------------------------------------
+
+
+def stateful():
+    loss = build(
+        [build_tokens(seed=1), build_tokens(seed=2, weighted=False)],
+        student_channels=(3, 4),
+        customize_after=1,
+        reduction="sum",
+    )
+    loss.step()
+    return loss
+
+
+def stateful_maps():
+    students = [maps(2, 3, 5, 6)[0], maps(2, 4, 3, 2)[0]]
+    return students, [maps(*SHAPE)[1], maps(2, 4, 3, 2)[1]]
+
+
+def test_state_dict_carries_everything_to_a_fresh_loss():
+    loss = stateful()
+    weighting = {f"tokens.0.prob.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    aligning = {f"align.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
+    names = weighting | aligning | {"tokens.0.mask_token", "tokens.1.mask_token", "steps"}
+    assert set(loss.state_dict()) == names
+    fresh = build(
+        [build_tokens(seed=3), build_tokens(seed=4, weighted=False)],
+        student_channels=(3, 4),
+        customize_after=1,
+        reduction="sum",
+    )
+    assert not torch.equal(fresh(*stateful_maps()), loss(*stateful_maps()))
+    fresh.load_state_dict(loss.state_dict())
+    assert torch.equal(fresh(*stateful_maps()), loss(*stateful_maps()))
+    for name in names:
+        state = loss.state_dict()
+        del state[name]
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+            fresh.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_equal_and_independent(clone):
+    loss = stateful()
+    expected = loss(*stateful_maps())
+    other = clone(loss)
+    assert torch.equal(other(*stateful_maps()), expected)
+    assert repr(other) == repr(loss)
+    assert not any(p.requires_grad for p in other.tokens.parameters())
+    other.steps.zero_()
+    assert not torch.equal(other(*stateful_maps()), expected)
+    assert torch.equal(loss(*stateful_maps()), expected)
+
+
+def test_repr_shows_the_settings():
+    words = "student_channels=(3, 4), customize_after=1, eps=1e-05, reduction='sum'"
+    assert words in repr(stateful())
+    assert "channels=4, num_tokens=3, weighted=False" in repr(stateful())
+
+
+def test_defaults():
+    loss = MaskedDistillationLoss(build_tokens())
+    assert (loss.customize_after, loss.eps, loss.reduction) == (None, 1e-5, "mean")
+    assert loss.align is None
+
+
+def test_the_function_form_is_exported():
+    assert functional.masked_distance is masked_distance
+
+
+# --- Compilation ----------------------------------------------------------------------------------
+
+MAP_SIZES = ((2, 13, 17), (3, 14, 19), (5, 23, 15), (4, 22, 21))
+
+
+def assert_compiles(backend, tolerance, sizes, settings, masked, levels=1):
+    """One compilation for all sizes, also across the threshold of customising."""
+    channels, width = 10, settings.get("student_channels") or 10
+    tokens = [
+        build_tokens(channels, 3, seed=i, weighted=settings.pop("weighted", True))
+        for i in range(levels)
+    ]
+    for module in tokens:
+        module.mask_token.data /= 3
+    loss = build(tokens, torch.float32, **settings)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for batch, height, rows in sizes:
+        shapes = [(height + 40 * i, rows + 40 * i) for i in range(levels)]
+        students = [maps(batch, width, *s, dtype=torch.float32)[0] for s in shapes]
+        teachers = [maps(batch, channels, *s, seed=1, dtype=torch.float32)[0] for s in shapes]
+        valid = [some_mask(batch, *s) for s in shapes] if masked else None
+        results = []
+        for function in (compiled, loss):
+            leaves = [student.clone().requires_grad_() for student in students]
+            value = function(leaves, teachers, valid_mask=valid)
+            wanted = [*leaves, *(p for p in loss.parameters() if p.requires_grad)]
+            results.append((value.detach(), *torch.autograd.grad(weighted_sum(value), wanted)))
+        for ours, eager in zip(*results, strict=True):
+            assert_close(ours, eager, tolerance)
+        loss.step()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "masked", "levels"),
+    [
+        ({"customize_after": 2, "eps": 0.0}, False, 2),
+        ({"customize_after": 2, "student_channels": 7}, True, 1),
+        ({"weighted": False, "reduction": "none"}, True, 1),
+    ],
+    ids=str,
+)
+def test_compiles_once_for_all_map_sizes_and_steps(settings, masked, levels):
+    with fresh_compiler():
+        assert_compiles("aot_eager", 5e-6, MAP_SIZES, dict(settings), masked, levels)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("gcc") is None, reason="needs a C++ compiler"
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+def test_compiles_once_with_the_default_compiler():
+    """With an alignment, which as a convolution would be compiled for each map size."""
+    settings = {"customize_after": 1, "student_channels": 7, "weighted": False}
+    with fresh_compiler():
+        assert_compiles("inductor", 1e-5, MAP_SIZES[:2], settings, masked=False)
+
+
+def test_compiles_under_autocast():
+    loss = build(dtype=torch.float32, student_channels=3)
+    student, teacher = (
+        maps(2, 3, 5, 6, dtype=torch.float32)[0],
+        maps(*SHAPE, dtype=torch.float32)[1],
+    )
+    with fresh_compiler(), torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        ours, eager = (measure(function, student, teacher) for function in (compiled, loss))
+    assert ours[0].dtype == ours[1].dtype == torch.float32
+    assert_close(ours[0], eager[0], 1e-2)
+    assert_close(ours[1], eager[1], 2e-2)
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+TOKENS = MaskedReceptiveTokens(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "tokens", "settings"),
+    [
+        (TypeError, "tokens must be a MaskedReceptiveTokens or a sequence", None, {}),
+        (TypeError, "tokens must be .* got Conv2d", torch.nn.Conv2d(4, 4, 1), {}),
+        (TypeError, "tokens must be a MaskedReceptiveTokens or a sequence", [], {}),
+        (TypeError, "tokens must be a MaskedReceptiveTokens or a sequence", [TOKENS, None], {}),
+        (ValueError, "student_channels must be at least 1; got 0", TOKENS, {"student_channels": 0}),
+        (TypeError, "student_channels must be an int; got 4.0", TOKENS, {"student_channels": 4.0}),
+        (TypeError, "student_channels must be an int; got '8'", TOKENS, {"student_channels": "8"}),
+        (ValueError, r"2 of them, one a level; got \(3,\)", [TOKENS] * 2, {"student_channels": (3,)}),
+        (TypeError, "student_channels must be an int; got None", TOKENS, {"student_channels": [None]}),
+        (ValueError, "customize_after must be at least 0; got -1", TOKENS, {"customize_after": -1}),
+        (TypeError, "customize_after must be an int; got 5.0", TOKENS, {"customize_after": 5.0}),
+        (TypeError, "customize_after must be an int; got True", TOKENS, {"customize_after": True}),
+        (ValueError, "eps must be a finite number of at least 0; got -1e-05", TOKENS, {"eps": -1e-5}),
+        (ValueError, "eps must be a finite number", TOKENS, {"eps": math.nan}),
+        (ValueError, "eps must be a finite number", TOKENS, {"eps": math.inf}),
+        (TypeError, "eps must be a number; got '0'", TOKENS, {"eps": "0"}),
+        (TypeError, "eps must be a number; got None", TOKENS, {"eps": None}),
+        (ValueError, "reduction must be one of .*got 'avg'", TOKENS, {"reduction": "avg"}),
+    ],
+)  # fmt: skip
+def test_wrong_settings(error, words, tokens, settings):
+    with pytest.raises(error, match=words):
+        MaskedDistillationLoss(tokens, **settings)
+
+
+MAP = torch.randn(2, 4, 3, 5)
+ALL = torch.ones(2, 3, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("method", ["forward", "components"])
+@pytest.mark.parametrize(
+    ("error", "words", "student", "teacher", "mask"),
+    [
+        (ValueError, r"student must have shape \[2, any, 3, 4\] .*\(2, 4, 3, 4\); got \(2, 4, 3, 5\)"
+         ".*F.interpolate", MAP, MAP[..., 1:], None),
+        (ValueError, r"student .* \[1, any, 3, 5\].*got \(2, 4, 3, 5\)", MAP, MAP[:1], None),
+        (ValueError, r"student .* \[B, 4, H, W\].*\(2, 3, 3, 5\).*student_channels",
+         MAP[:, 1:], MAP, None),
+        (ValueError, r"teacher must have shape \[B, 4, H, W\]", MAP, MAP[:, 1:], None),
+        (ValueError, r"student must have shape .*got \(2, 4, 15\)", MAP.flatten(2), MAP, None),
+        (ValueError, r"teacher must have shape .*got \(2, 4, 0, 5\)", MAP, MAP[:, :, :0], None),
+        (TypeError, "student must have a floating-point dtype", MAP.long(), MAP, None),
+        (TypeError, "teacher must have a floating-point dtype", MAP, MAP.int(), None),
+        (TypeError, "student must be a tensor or a sequence of them; got int", 1, MAP, None),
+        (TypeError, "teacher must be a tensor or a sequence of them; got NoneType", MAP, None, None),
+        (TypeError, "student must be a tensor; got float", [1.0], MAP, None),
+        (ValueError, "student must have one entry a level, 1; got 2", [MAP, MAP], MAP, None),
+        (ValueError, "teacher must have one entry a level, 1; got 0", MAP, (), None),
+        (ValueError, "valid_mask must have one entry a level, 1; got 2", MAP, MAP, [ALL, ALL]),
+        (TypeError, "valid_mask must be a bool tensor.*got torch.float32", MAP, MAP, ALL.float()),
+        (ValueError, r"shape \(2, 3, 5\); got \(2, 1, 3, 5\)", MAP, MAP, ALL[:, None]),
+        (ValueError, "teacher must be on the student's device, cpu; got meta",
+         MAP, MAP.to("meta"), None),
+        (ValueError, "valid_mask must be on .* cpu; got meta", MAP, MAP, ALL.to("meta")),
+    ],
+)  # fmt: skip
+def test_wrong_maps(method, error, words, student, teacher, mask):
+    with pytest.raises(error, match=words):
+        getattr(MaskedDistillationLoss(TOKENS), method)(student, teacher, valid_mask=mask)
+
+
+def test_wrong_width_before_an_alignment():
+    loss = MaskedDistillationLoss(TOKENS, student_channels=3)
+    with pytest.raises(
+        ValueError, match=r"student must have shape \[B, 3, H, W\].*got \(2, 4, 3, 5\)"
+    ):
+        loss(MAP, MAP)
+    with pytest.raises(ValueError, match=r"got \(2, 3, 3, 4\).*F.interpolate"):
+        loss(MAP[:, 1:, :, 1:], MAP)
+    with pytest.raises(TypeError, match="valid_mask must be a bool tensor"):
+        loss(MAP[:, 1:], MAP, valid_mask=ALL.float())
+
+
+def test_levels_need_sequences():
+    loss = MaskedDistillationLoss([MaskedReceptiveTokens(4, 2), MaskedReceptiveTokens(4, 2)])
+    with pytest.raises(ValueError, match="student must have one entry a level, 2; got 1"):
+        loss(MAP, [MAP, MAP])
+    with pytest.raises(ValueError, match="valid_mask must have one entry a level, 2; got 1"):
+        loss([MAP, MAP], [MAP, MAP], valid_mask=ALL)
+
+
+MASKS = torch.rand(2, 3, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "settings"),
+    [
+        (ValueError, r"student must have shape \[B, 3, H, W\]", {"teacher": MAP[:, 1:]}),
+        (ValueError, r"student must have shape \[2, any, 3, 4\]", {"teacher": MAP[..., 1:]}),
+        (ValueError, r"masks must have shape \[2, any, 3, 5\]", {"masks": MASKS[..., 1:]}),
+        (ValueError, r"masks must have shape \[B, C, H, W\]", {"masks": MASKS[0]}),
+        (TypeError, "masks must have a floating-point dtype", {"masks": MASKS > 0}),
+        (ValueError, r"weights must have shape \[B, T\], \(2, 3\); got", {"weights": torch.ones(3)}),
+        (ValueError, "eps must be a finite number", {"eps": -1.0}),
+        (TypeError, "valid_mask must be a bool tensor", {"valid_mask": ALL.float()}),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_function_form(error, words, settings):
+    with pytest.raises(error, match=words):
+        masked_distance(**{"student": MAP, "teacher": MAP, "masks": MASKS, **settings})
