@@ -462,6 +462,12 @@ def test_float16_mask_sums_above_its_range(masked):
         assert_close(grad, 2.0**17 * gap / gap.numel(), 1e-3)
 
 
+def test_differences_beyond_the_range_of_float16():
+    student, teacher = (torch.full((1, 2, 3, 3), x, dtype=torch.float16) for x in (4e4, -4e4))
+    ours = masked_distance(student, teacher, torch.ones(1, 1, 3, 3))
+    assert_close(ours, torch.tensor([8e4**2]), 1e-3)
+
+
 # --- Gradients go to the student alone ------------------------------------------------------------
 
 
