@@ -1,7 +1,17 @@
-"""What every benchmark prints and saves: a table, and a JSON file that names machine and versions."""
+"""What the benchmarks share: stop-watch, memory gauge, table, and the JSON file of results.
 
+Results name the machine and the versions. Extra memory is the peak minus what is there before: on CUDA
+the allocator's, on a CPU the rise of the resident set in a fresh process of its own.
+"""
+
+import argparse
+import ctypes
 import json
 import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +21,59 @@ import torch
 import pixdistill
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark that takes times."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each provider")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and plot")
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """How long one run takes, by the clock or by device events."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def extra_memory(run: Callable[[], object], device: str, command: list[str]) -> int:
+    """Bytes that one run needs; `command` makes a fresh process print `resident_rise` of the same."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    command = [sys.executable, "-m", "benchmarks", *command]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def resident_rise(run: Callable[[], object]) -> int:
+    """How far one run lifts this process's resident peak above where it starts (Linux)."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what a warm-up freed must not hide what the run takes
+    Path("/proc/self/clear_refs").write_text("5")  # start a new peak
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

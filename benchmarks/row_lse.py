@@ -9,9 +9,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +29,6 @@ SIZES = {
              (16384, 16384, 256), (65536, 65536, 64), (65536, 65536, 128), (65536, 65536, 256),
              (65536, 65536, 512)],
 }  # fmt: skip
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TEMPERATURE = 0.2
 
 
@@ -154,13 +150,8 @@ def why_not(name: str, device: str, dtype: torch.dtype, width: int) -> str | Non
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m benchmarks row_lse`."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
+    report.add_arguments(parser)
     parser.add_argument("--size", nargs=3, type=int, action="append", metavar=("N", "M", "D"))
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each provider")
-    parser.add_argument(
-        "--output", type=Path, default=report.RESULTS, help="folder of JSON and plot"
-    )
     parser.add_argument("--measure-memory", nargs=5, help=argparse.SUPPRESS)
 
 
@@ -197,11 +188,13 @@ def _measure(
 ) -> list[dict[str, Any]]:
     rows, columns, width = size
     base = {"N": rows, "M": columns, "D": width, "dtype": dtype}
-    problem = Problem.random(rows, columns, width, DTYPES[dtype], device)
+    problem = Problem.random(rows, columns, width, report.DTYPES[dtype], device)
     records, running = [], {}
     for name, provider in PROVIDERS.items():
         bar.set_description(f"{rows} x {columns} x {width} {name}")
-        reason = why_not(name, device, DTYPES[dtype], width) or _too_large(name, size, device)
+        reason = why_not(name, device, report.DTYPES[dtype], width) or _too_large(
+            name, size, device
+        )
         if reason:
             records.append({**base, "provider": name, "skipped": reason})
             bar.update()
@@ -211,7 +204,7 @@ def _measure(
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):  # interleaved, so that a slow moment of the machine hits all alike
         for name, provider in running.items():
-            times[name].append(_seconds(provider, problem))
+            times[name].append(report.seconds(functools.partial(provider, problem), device))
     truth = _truth(problem)
     for name, provider in running.items():
         bar.set_description(f"{rows} x {columns} x {width} {name}: memory and error")
@@ -224,7 +217,11 @@ def _measure(
                 "seconds": statistics.median(times[name]),
                 "fastest": min(times[name]),
                 "slowest": max(times[name]),
-                "extra_bytes": _extra_memory(name, size, dtype, device, problem),
+                "extra_bytes": report.extra_memory(
+                    functools.partial(provider, problem),
+                    device,
+                    ["row_lse", "--measure-memory", name, *map(str, size), dtype],
+                ),
                 "loss_error": float((loss.double() - truth[0]).abs() / truth[0].abs())
                 if exact
                 else None,
@@ -245,19 +242,6 @@ def _too_large(name: str, size: tuple[int, ...], device: str) -> str | None:
     return f"would hold {need / 2**30:.0f} GiB of logits" if need > limit else None
 
 
-def _seconds(provider: Provider, problem: Problem) -> float:
-    if problem.query.device.type == "cpu":
-        start = time.perf_counter()
-        provider(problem)
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    provider(problem)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 def _truth(problem: Problem) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64, a block of rows at a time."""
     keys, grads = problem.keys.double(), []
@@ -270,39 +254,13 @@ def _truth(problem: Problem) -> tuple[Tensor, Tensor]:
     return total / count, torch.cat(grads) / count
 
 
-def _extra_memory(
-    name: str, size: tuple[int, ...], dtype: str, device: str, problem: Problem
-) -> int:
-    """Peak minus inputs, in bytes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        PROVIDERS[name](problem)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    command = [sys.executable, "-m", "benchmarks", "row_lse", "--measure-memory"]
-    command += [name, *map(str, size), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
 def _resident_rise(name: str, rows: str, columns: str, width: str, dtype: str) -> int:
-    """How far one run lifts this process's resident peak above where it starts (Linux)."""
     provider = PROVIDERS[name]
-    provider(Problem.random(64, 64, int(width), DTYPES[dtype], "cpu"))  # load what is loaded once
-    problem = Problem.random(int(rows), int(columns), int(width), DTYPES[dtype], "cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # start a new peak
-    before = _status("VmRSS")
-    provider(problem)
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+    provider(
+        Problem.random(64, 64, int(width), report.DTYPES[dtype], "cpu")
+    )  # load what loads once
+    problem = Problem.random(int(rows), int(columns), int(width), report.DTYPES[dtype], "cpu")
+    return report.resident_rise(lambda: provider(problem))
 
 
 def _row(record: dict[str, Any]) -> dict[str, str]:

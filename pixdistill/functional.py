@@ -1,4 +1,5 @@
 """The function forms of the losses, for flat inputs and for loops without modules."""
 
+from .ops.patch_lse import patch_lse as patch_lse
 from .ops.row_lse import row_lse as row_lse
 from .pixel_contrast import pixel_contrast_loss as pixel_contrast_loss

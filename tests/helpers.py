@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -138,3 +139,28 @@ def golden(name: str) -> dict[str, Tensor]:
     """A file of official outputs."""
     with np.load(DATA / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@contextmanager
+def fresh_compiler():
+    """Compiled code from before and after stays apart."""
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest result of any operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, torch.Tensor):
+                self.size = max(self.size, result.numel())
+        return results

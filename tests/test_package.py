@@ -132,12 +132,16 @@ def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
     )
     assert "0 with a spill" in out
     records = json.loads((tmp_path / "kernels.json").read_text())["records"]
-    assert {(r["arch"], r["D"]) for r in records} == {
+    assert {(r["arch"], r["D"]) for r in records if r["kernel"] == "row_lse"} == {
         (a, d) for a in ("sm_80", "sm_90") for d in (64, 128, 256)
+    }
+    patches = [r for r in records if r["kernel"] == "patch_lse"]
+    assert {(r["arch"], "L2" in r["flags"]) for r in patches} == {
+        (a, squared) for a in ("sm_80", "sm_90") for squared in (False, True)
     }
     for record in records:
         assert record["spills"] == 0, record
-        assert record["tensor_core"] > 0, record
+        assert record["tensor_core"] > 0 or record["kernel"] == "patch_lse", record
         assert record["programs"] >= 1, record
         if record["arch"] == "sm_80":  # the table that smaller GPUs share: 99 KiB a program
             assert record["shared"] <= 99 * 1024, record
