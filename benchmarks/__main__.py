@@ -1,10 +1,10 @@
-"""`python -m benchmarks row_lse | kernels`: see each command's `--help`."""
+"""`python -m benchmarks row_lse | af_dcd | kernels`: see each command's `--help`."""
 
 import argparse
 
-from . import kernels, row_lse
+from . import af_dcd, kernels, row_lse
 
-COMMANDS = {"row_lse": row_lse, "kernels": kernels}
+COMMANDS = {"row_lse": row_lse, "af_dcd": af_dcd, "kernels": kernels}
 
 
 def main(argv: list[str] | None = None) -> int:

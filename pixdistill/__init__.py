@@ -1,6 +1,8 @@
 """Composable modules for dense (pixel-level) knowledge distillation."""
 
 from ._head_layers import L2Norm as L2Norm
+from .af_dcd import AfDCDComponents as AfDCDComponents
+from .af_dcd import AfDCDLoss as AfDCDLoss
 from .mhsa_plugin import MHSAPlugin as MHSAPlugin
 from .mhsa_plugin import plug as plug
 from .mhsa_plugin import unplug as unplug

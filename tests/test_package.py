@@ -11,11 +11,13 @@ PACKAGE = ROOT / "pixdistill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "functional": 3,
+    "af_dcd": 2,
     "pixel_contrast": 2,
     "spatial_adaptor": 2,
     "mhsa_plugin": 2,
     "pixel_queue": 1,
     "_head_layers": 1,
+    "_projectors": 1,
     "_checks": 0,
     "ops": 0,
 }
@@ -167,6 +169,36 @@ def test_row_lse_benchmark_runs(tmp_path):
     assert {"plain torch", "ours: torch", "ours: reference"} <= set(exact)
     assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact.values())
     assert (tmp_path / "row_lse_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_af_dcd_benchmark_runs(tmp_path):
+    options = ["--rounds", "1", "--output", str(tmp_path)]
+    for case in (("contrast", "2", "32", "8", "16", "2"), ("loss", "1", "32", "8", "8", "1")):
+        options += ["--case", *case]
+    run("-m", "benchmarks", "af_dcd", *options)
+    records = json.loads((tmp_path / "af_dcd_cpu_float32.json").read_text())["records"]
+    done = [record for record in records if "skipped" not in record]
+    assert [r["provider"] for r in done] == 2 * ["plain", "ours: torch"]
+    assert all(r["grad_error"] < 1e-4 and r["loss_error"] < 1e-5 for r in done)
+    assert all(r["seconds"] > 0 and r["extra_bytes"] >= 0 for r in done)
+    assert (tmp_path / "af_dcd_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_peak_memory_of_af_dcd_holds_no_distances():
+    """256 patches of 256 vectors: their distances are 64 MiB, and plain code holds several of that."""
+
+    def rise(name):
+        case = ("contrast", "2", "64", "32", "64", "1")
+        return int(run("-m", "benchmarks", "af_dcd", "--measure-memory", name, "float32", *case))
+
+    assert rise("plain") > 3 * 256**2 * 256 * 4  # the measurement sees what it should
+    assert rise("ours: torch") < 16 * 2**20
+
+
+def test_the_drawing_of_the_pairs_runs(tmp_path):
+    picture = tmp_path / "pairs.png"
+    run("docs/examples/draw_af_dcd_pairs.py", "--output", str(picture))
+    assert picture.stat().st_size > 10_000
 
 
 def test_distill_digits_smoke(tmp_path):
