@@ -1,10 +1,10 @@
-"""`python -m benchmarks row_lse | maskd | kernels`: see each command's `--help`."""
+"""`python -m benchmarks row_lse | maskd | af_dcd | kernels`: see each command's `--help`."""
 
 import argparse
 
-from . import kernels, maskd, row_lse
+from . import af_dcd, kernels, maskd, row_lse
 
-COMMANDS = {"row_lse": row_lse, "maskd": maskd, "kernels": kernels}
+COMMANDS = {"row_lse": row_lse, "maskd": maskd, "af_dcd": af_dcd, "kernels": kernels}
 
 
 def main(argv: list[str] | None = None) -> int:

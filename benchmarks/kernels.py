@@ -1,4 +1,4 @@
-"""Compile every entry of the launch table for real GPUs, without one, and report what came out.
+"""Compile every entry of the launch tables for real GPUs, without one, and report what came out.
 
 `python -m benchmarks kernels` prints registers, spills, shared memory, programs per multiprocessor
 and tensor-core instructions for each. Nothing runs: Triton compiles ahead of time, and the `cuobjdump`
@@ -19,8 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pixdistill.ops.row_lse import launch as launch_table
-from pixdistill.ops.row_lse import triton_kernels as tk
+from pixdistill.ops.patch_lse import launch as patch_launch
+from pixdistill.ops.patch_lse import triton_kernels as patch_kernels
+from pixdistill.ops.row_lse import launch as row_launch
+from pixdistill.ops.row_lse import triton_kernels as row_kernels
 
 from . import report
 
@@ -30,14 +32,24 @@ LIMITS = {
     "sm_86": (65536, 100 * 1024, 48, 99 * 1024),
     "sm_90": (65536, 228 * 1024, 64, 227 * 1024),
 }
-FORWARD_FLAGS = ("SHIFTED", "HAS_MASK", "EXCLUDE", "WITH_KEY", "WITH_MAX")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One specialisation of one kernel, as the launcher would ask for it."""
+class Build:
+    """What Triton needs to know of a specialisation."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: set[str]  # integers that are multiples of 16
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RowCase:
+    """One specialisation of a kernel of `row_lse`, as the launcher would ask for it."""
 
     kernel: str  # "row_lse" or "row_lse_grad_keys"
     arch: str
@@ -46,12 +58,69 @@ class Case:
     flags: frozenset[str] = field(default_factory=frozenset)
 
     @property
-    def launch(self) -> launch_table.Launch:
+    def launch(self) -> row_launch.Launch:
         if self.kernel == "row_lse_grad_keys":
-            return launch_table.GRAD_KEYS_LAUNCH[max(64, launch_table.padded_width(self.width))]
-        return launch_table.launch_of(
+            return row_launch.GRAD_KEYS_LAUNCH[max(64, row_launch.padded_width(self.width))]
+        return row_launch.launch_of(
             self.arch, DTYPES[self.dtype], self.width, "WITH_MAX" in self.flags
         )
+
+    @property
+    def tile(self) -> str:
+        return f"{self.launch.BN}x{self.launch.BM} w{self.launch.warps} s{self.launch.stages}"
+
+    def build(self) -> Build:
+        kernel = getattr(row_kernels, f"{self.kernel}_kernel")
+        launch = self.launch
+        types = dict.fromkeys(("query", "keys", "expected_key", "grad_keys"), f"*{self.dtype}")
+        types |= dict.fromkeys(("scale", "lse", "largest", "grad_rows"), "*fp32")
+        constants = {"BN": launch.BN, "BM": launch.BM, "PRECISION": "tf32"}
+        constants |= {"BD": row_launch.padded_width(self.width)}
+        constants |= dict.fromkeys(("stride_qd", "stride_kd", "stride_mm"), 1)
+        flags = ("SHIFTED", "HAS_MASK", "EXCLUDE", "WITH_KEY", "WITH_MAX")
+        constants |= {flag: flag in self.flags for flag in flags if flag in kernel.arg_names}
+        aligned = {"N", "M", "D", "stride_qg", "stride_qn", "stride_kg", "stride_km"}
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        return Build(kernel, types | {"key_mask": "*u8"}, constants, aligned, options)
+
+
+@dataclass(frozen=True)
+class PatchCase:
+    """One specialisation of the kernel of `patch_lse`: patch x patch pixels of this many groups."""
+
+    arch: str
+    dtype: str
+    groups: int
+    width: int
+    patch: int
+    flags: frozenset[str]
+    kernel: str = "patch_lse"
+
+    @property
+    def launch(self) -> patch_launch.Launch:
+        vectors = self.groups * self.patch**2
+        return patch_launch.launch_of(self.width, vectors, "WIDE" in self.flags)
+
+    @property
+    def tile(self) -> str:
+        return f"{self.launch.BD}x{self.launch.BN} w{self.launch.warps} r{self.launch.registers}"
+
+    def build(self) -> Build:
+        launch = self.launch
+        types = dict.fromkeys(("student", "teacher", "grad"), f"*{self.dtype}")
+        types |= {"valid": "*u8", "margin": "*fp32", "scale": "fp32"}
+        constants = {"P": self.patch, "Q": self.patch, "BD": launch.BD, "BN": launch.BN}
+        flags = ("L2", "OTHER_GROUPS", "HAS_VALID", "WITH_GRAD", "WIDE")
+        constants |= {flag: flag in self.flags for flag in flags}
+        constants |= {"PADDED": self.width != launch.BD}
+        constants |= dict.fromkeys(("stride_sw", "stride_tw", "stride_vw"), 1)
+        aligned = {"M", "D", "H", "W", "stride_sb", "stride_sc", "stride_sh"}
+        aligned |= {"stride_tb", "stride_tg", "stride_tc", "stride_th"}
+        options = {"num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers}
+        return Build(patch_kernels.patch_lse_kernel, types, constants, aligned, options)
+
+
+Case = RowCase | PatchCase
 
 
 @dataclass(frozen=True)
@@ -67,61 +136,66 @@ class Compiled:
 
 def cases(archs: tuple[str, ...] = ("sm_80", "sm_90")) -> Iterator[Case]:
     """Every table entry, from the barest variant that the losses launch to the fullest."""
+    for arch in archs:
+        yield from _row_cases(arch)
+        yield from _patch_cases(arch)
+
+
+def _row_cases(arch: str) -> Iterator[RowCase]:
     train = frozenset({"WITH_KEY"})
     full = train | {"HAS_MASK", "EXCLUDE", "WITH_MAX"}
-    for arch in archs:
-        for width in (64, 128, 256):
-            yield Case("row_lse", arch, "bf16", width)
-            yield Case("row_lse", arch, "bf16", width, train)
-            yield Case("row_lse", arch, "bf16", width, train | {"EXCLUDE", "WITH_MAX"})
-            yield Case("row_lse", arch, "bf16", width, full)
-            yield Case("row_lse", arch, "fp16", width, full | {"SHIFTED"})
-            yield Case("row_lse_grad_keys", arch, "bf16", width, full)
-            yield Case("row_lse_grad_keys", arch, "fp16", width, full)
-            if width in launch_table.FLOAT32_LAUNCH:
-                yield Case("row_lse", arch, "fp32", width, train)
-                yield Case("row_lse", arch, "fp32", width, full | {"SHIFTED"})
-                yield Case("row_lse_grad_keys", arch, "fp32", width, full)
+    for width in (64, 128, 256):
+        yield RowCase("row_lse", arch, "bf16", width)
+        yield RowCase("row_lse", arch, "bf16", width, train)
+        yield RowCase("row_lse", arch, "bf16", width, train | {"EXCLUDE", "WITH_MAX"})
+        yield RowCase("row_lse", arch, "bf16", width, full)
+        yield RowCase("row_lse", arch, "fp16", width, full | {"SHIFTED"})
+        yield RowCase("row_lse_grad_keys", arch, "bf16", width, full)
+        yield RowCase("row_lse_grad_keys", arch, "fp16", width, full)
+        if width in row_launch.FLOAT32_LAUNCH:
+            yield RowCase("row_lse", arch, "fp32", width, train)
+            yield RowCase("row_lse", arch, "fp32", width, full | {"SHIFTED"})
+            yield RowCase("row_lse_grad_keys", arch, "fp32", width, full)
+
+
+def _patch_cases(arch: str) -> Iterator[PatchCase]:
+    train = frozenset({"WITH_GRAD"})
+    rule, mask = {"OTHER_GROUPS"}, {"HAS_VALID"}
+    designs = (
+        (16, 32, 4),
+        (1, 512, 4),
+        (16, 32, 1),
+    )  # omni, spatial, channel; C 512, 4 x 4 patches
+    for groups, width, patch in designs:
+        usual = rule if groups > 1 else set()
+        yield PatchCase(arch, "fp32", groups, width, patch, frozenset(usual))
+        yield PatchCase(arch, "fp32", groups, width, patch, train | usual)
+        yield PatchCase(arch, "bf16", groups, width, patch, train | usual)
+        yield PatchCase(arch, "fp32", groups, width, patch, train | usual | {"L2"})
+        yield PatchCase(arch, "fp16", groups, width, patch, train | mask)
+        yield PatchCase(arch, "bf16", groups, width, patch, train | mask | {"L2"})
+        yield PatchCase(arch, "fp32", groups, width, patch, train | mask | {"WIDE"})
+    for width in (4, 16, 24, 64, 128, 256, 2048):
+        yield PatchCase(arch, "fp32", 16, width, 4, train | rule | mask)
+        yield PatchCase(arch, "fp16", 16, width, 4, train | {"L2"})
 
 
 def compile_case(case: Case) -> Compiled:
     """Compile a case for its architecture and read the binary."""
-    kernel = getattr(tk, f"{case.kernel}_kernel")
-    launch = case.launch
-    types = _argument_types(case)
-    constants = {
-        "BN": launch.BN,
-        "BM": launch.BM,
-        "BD": launch_table.padded_width(case.width),
-        "PRECISION": "tf32",
-        "stride_qd": 1,
-        "stride_kd": 1,
-        "stride_mm": 1,
-    }
-    constants |= {flag: flag in case.flags for flag in FORWARD_FLAGS if flag in kernel.arg_names}
+    build = case.build()
+    names = build.kernel.arg_names
     signature = {
-        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
+        name: "constexpr" if name in build.constants else build.types.get(name, "i32")
+        for name in names
     }
-    aligned = {"N", "M", "D", "stride_qg", "stride_qn", "stride_kg", "stride_km"}
     attributes = {
         (i,): DIVISIBLE
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in aligned
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in build.aligned
     }
     target = GPUTarget("cuda", int(case.arch[3:]), 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    built = triton.compile(source, target=target, options=options)
-    return _read(built, case)
-
-
-def _argument_types(case: Case) -> dict[str, str]:
-    pointers = dict.fromkeys(("query", "keys", "expected_key", "grad_keys"), f"*{case.dtype}")
-    pointers |= dict.fromkeys(("scale", "lse", "largest", "grad_rows"), "*fp32")
-    pointers["key_mask"] = "*u8"
-    integers = ("G", "N", "M", "D", "tiles_per_split", "exclude_offset")
-    strides = [f"stride_{side}" for side in ("qg", "qn", "qd", "kg", "km", "kd", "mg", "mm")]
-    return pointers | dict.fromkeys((*integers, *strides), "i32")
+    source = ASTSource(build.kernel, signature, build.constants, attributes)
+    return _read(triton.compile(source, target=target, options=build.options), case)
 
 
 def _read(built: "triton.compiler.CompiledKernel", case: Case) -> Compiled:
@@ -167,26 +241,30 @@ def run(arguments: argparse.Namespace) -> int:
         built = compile_case(case)
         records.append(
             {"kernel": case.kernel, "arch": case.arch, "dtype": case.dtype, "D": case.width}
-            | {"flags": sorted(case.flags), "launch": list(case.launch)}
+            | {"flags": sorted(case.flags), "launch": list(case.launch), "tile": case.tile}
             | asdict(built)
         )
     print(report.table([_row(record) for record in records]))
-    bad = [r for r in records if r["spills"] or not r["tensor_core"] or not r["programs"]]
+    bad = [r for r in records if r["spills"] or not r["programs"] or _misses_tensor_cores(r)]
     path = report.save("kernels", records, "cpu", arguments.output)
     print(f"\n{len(records)} kernels, {len(bad)} with a spill, without tensor cores or too large")
     print(f"written: {path}")
     return len(bad)
 
 
+def _misses_tensor_cores(record: dict[str, Any]) -> bool:
+    """Whether a kernel made of matrix products has none; `patch_lse` sums absolute differences."""
+    return record["kernel"] != "patch_lse" and not record["tensor_core"]
+
+
 def _row(record: dict[str, Any]) -> dict[str, str]:
-    rows, columns, warps, stages = record["launch"]
     return {
         "kernel": record["kernel"],
         "arch": record["arch"],
         "dtype": record["dtype"],
         "D": str(record["D"]),
-        "variant": " ".join(record["flags"]).lower() or "lse only",
-        "tile": f"{rows}x{columns} w{warps} s{stages}",
+        "variant": " ".join(record["flags"]).lower() or "values only",
+        "tile": record["tile"],
         "registers": str(record["registers"]),
         "spills": str(record["spills"]),
         "shared KiB": str(record["shared"] // 1024),

@@ -1,6 +1,8 @@
 """Composable modules for dense (pixel-level) knowledge distillation."""
 
 from ._head_layers import L2Norm as L2Norm
+from .af_dcd import AfDCDComponents as AfDCDComponents
+from .af_dcd import AfDCDLoss as AfDCDLoss
 from .masked_distillation import MaskedDistillationComponents as MaskedDistillationComponents
 from .masked_distillation import MaskedDistillationLoss as MaskedDistillationLoss
 from .masked_receptive_tokens import MaskedReceptiveTokens as MaskedReceptiveTokens

@@ -63,19 +63,25 @@ def check_rows(student: Tensor, teacher: Tensor) -> None:
     _check_device("teacher", teacher, student)
 
 
-def check_mask(valid_mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
+def check_mask(
+    mask: Tensor | None,
+    shape: torch.Size | tuple[int, ...],
+    like: Tensor,
+    *,
+    name: str = "valid_mask",
+    meaning: str = "used",
+) -> None:
     """A bool mask of exactly this shape, on the student's device."""
-    if valid_mask is None:
+    if mask is None:
         return
-    if not isinstance(valid_mask, Tensor) or valid_mask.dtype != torch.bool:
-        got = valid_mask.dtype if isinstance(valid_mask, Tensor) else type(valid_mask).__name__
-        raise TypeError(f"valid_mask must be a bool tensor, True where a pixel is used; got {got}")
-    if valid_mask.shape != shape:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, True where a pixel is {meaning}; got {got}")
+    if mask.shape != shape:
         raise ValueError(
-            f"valid_mask must have one entry a pixel, shape {tuple(shape)}; "
-            f"got {tuple(valid_mask.shape)}"
+            f"{name} must have one entry a pixel, shape {tuple(shape)}; got {tuple(mask.shape)}"
         )
-    _check_device("valid_mask", valid_mask, like)
+    _check_device(name, mask, like)
 
 
 def check_positive(name: str, value: float) -> None:
@@ -92,6 +98,28 @@ def check_nonnegative(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """A number from zero to one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1; got {value!r}")
+
+
+def check_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """A size in both directions, from one integer or a pair, each at least one."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        height, width = value
+    else:
+        height = width = value
+    for size in (height, width):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int or a pair of them; got {value!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {value!r}")
+    return height, width
 
 
 def check_count(name: str, value: int, *, minimum: int = 1) -> None:

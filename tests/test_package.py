@@ -12,6 +12,7 @@ PACKAGE = ROOT / "pixdistill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "functional": 3,
+    "af_dcd": 2,
     "masked_distillation": 2,
     "pixel_contrast": 2,
     "spatial_adaptor": 2,
@@ -19,6 +20,7 @@ LAYERS = {
     "masked_receptive_tokens": 1,
     "pixel_queue": 1,
     "_head_layers": 1,
+    "_projectors": 1,
     "_checks": 0,
     "ops": 0,
 }
@@ -146,12 +148,16 @@ def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
     )
     assert "0 with a spill" in out
     records = json.loads((tmp_path / "kernels.json").read_text())["records"]
-    assert {(r["arch"], r["D"]) for r in records} == {
+    assert {(r["arch"], r["D"]) for r in records if r["kernel"] == "row_lse"} == {
         (a, d) for a in ("sm_80", "sm_90") for d in (64, 128, 256)
+    }
+    patches = [r for r in records if r["kernel"] == "patch_lse"]
+    assert {(r["arch"], "L2" in r["flags"]) for r in patches} == {
+        (a, squared) for a in ("sm_80", "sm_90") for squared in (False, True)
     }
     for record in records:
         assert record["spills"] == 0, record
-        assert record["tensor_core"] > 0, record
+        assert record["tensor_core"] > 0 or record["kernel"] == "patch_lse", record
         assert record["programs"] >= 1, record
         if record["arch"] == "sm_80":  # the table that smaller GPUs share: 99 KiB a program
             assert record["shared"] <= 99 * 1024, record
@@ -226,6 +232,36 @@ def test_maskd_benchmark_runs(tmp_path):
     assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact)
     assert all(r["seconds"] > 0 for r in records)
     assert (tmp_path / "maskd_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_af_dcd_benchmark_runs(tmp_path):
+    options = ["--rounds", "1", "--output", str(tmp_path)]
+    for case in (("contrast", "2", "32", "8", "16", "2"), ("loss", "1", "32", "8", "8", "1")):
+        options += ["--case", *case]
+    run("-m", "benchmarks", "af_dcd", *options)
+    records = json.loads((tmp_path / "af_dcd_cpu_float32.json").read_text())["records"]
+    done = [record for record in records if "skipped" not in record]
+    assert [r["provider"] for r in done] == 2 * ["plain", "ours: torch"]
+    assert all(r["grad_error"] < 1e-4 and r["loss_error"] < 1e-5 for r in done)
+    assert all(r["seconds"] > 0 and r["extra_bytes"] >= 0 for r in done)
+    assert (tmp_path / "af_dcd_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_peak_memory_of_af_dcd_holds_no_distances():
+    """256 patches of 256 vectors: their distances are 64 MiB, and plain code holds several of that."""
+
+    def rise(name):
+        case = ("contrast", "2", "64", "32", "64", "1")
+        return int(run("-m", "benchmarks", "af_dcd", "--measure-memory", name, "float32", *case))
+
+    assert rise("plain") > 3 * 256**2 * 256 * 4  # the measurement sees what it should
+    assert rise("ours: torch") < 16 * 2**20
+
+
+def test_the_drawing_of_the_pairs_runs(tmp_path):
+    picture = tmp_path / "pairs.png"
+    run("docs/examples/draw_af_dcd_pairs.py", "--output", str(picture))
+    assert picture.stat().st_size > 10_000
 
 
 def test_distill_digits_smoke(tmp_path):

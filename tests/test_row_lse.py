@@ -648,7 +648,7 @@ def test_triton_is_not_taken_on_a_cpu_without_the_interpreter(monkeypatch):
 
 
 def test_triton_is_not_taken_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr("pixdistill.ops.row_lse._has_triton", lambda: False)
+    monkeypatch.setattr("pixdistill.ops.availability.has_triton", lambda: False)
     with pytest.raises(ValueError, match="not installed"):
         row_lse(Q, K, 1.0, backend="triton")
     row_lse(Q, K, 1.0)

@@ -12,15 +12,14 @@ one multiplication. No N x M matrix exists at any time.
 This file holds the contract, the operator registered with PyTorch, and the only choice of a backend.
 """
 
-import functools
-import importlib.util
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from ..availability import why_no_kernel
+from ..first_order import FirstOrderOnly
 from . import reference, tiled
 from .arguments import BACKENDS as BACKENDS
 from .arguments import Groups, check
@@ -143,8 +142,6 @@ def why_not_triton(query: Tensor) -> str | None:
     A pure predicate of device, dtype, width (the last axis) and the global float32 precision. Under
     autocast, ask with a tensor of the autocast dtype.
     """
-    if not _has_triton():
-        return "the package triton is not installed"
     if query.dtype not in _FUSED_WIDTH:
         return f"it has no {query.dtype} form"
     if query.shape[-1] > _FUSED_WIDTH[query.dtype]:
@@ -152,24 +149,15 @@ def why_not_triton(query: Tensor) -> str | None:
             f"it holds {query.dtype} features up to width {_FUSED_WIDTH[query.dtype]}, "
             f"and these have {query.shape[-1]}"
         )
-    if query.device.type == "cuda":
-        if torch.version.hip is not None:
-            return "it has not been validated on ROCm"
-        if torch.cuda.get_device_capability(query.device) < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or later"
-    elif os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it runs on CUDA (or under TRITON_INTERPRET=1), not on {query.device.type}"
+    reason = why_no_kernel(query.device)
+    if reason is not None:
+        return reason
     if query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return (
             'float32 at matmul precision "highest" asks for exact products; '
             'torch.set_float32_matmul_precision("high") or autocast admits it'
         )
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _implementation(query: Tensor, backend: str) -> ModuleType:
@@ -290,25 +278,10 @@ def _backward(ctx, grad_lse, grad_expected_key, grad_largest):
     if torch.is_grad_enabled():  # create_graph=True
         grads = (grad_query, grad_keys, grad_scale)
         grad_query, grad_keys, grad_scale = (
-            None if g is None else _FirstOrderOnly.apply(g, grad_lse, *ctx.saved_tensors)
+            None if g is None else FirstOrderOnly.apply("row_lse", g, grad_lse, *ctx.saved_tensors)
             for g in grads
         )
     return grad_query, grad_keys, grad_scale, None, None, None, None, None, None
 
 
 row_lse_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity on a gradient whose own derivative is not available."""
-
-    @staticmethod
-    def forward(ctx, grad, *sources):
-        return grad.detach().clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "row_lse has no second-order gradient in its fused and streaming forms. "
-            'Use backend="reference" where one is needed.'
-        )

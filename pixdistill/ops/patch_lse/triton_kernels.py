@@ -1,0 +1,194 @@
+"""Fused Triton kernel of `patch_lse`.
+
+One program owns BN rows of one patch, which it keeps in registers, and walks over the vectors of the
+teacher's patch one by one with an online softmax. A vector's numbers run down a tile's first axis and
+the rows along the second, so that a thread holds whole vectors and sums a distance without its
+neighbours; both maps are read where they lie, through their strides, and each number of the teacher's
+patch comes from the cache after the first row. There are no atomics: the same bits on every run.
+
+Names: i_ program or loop number, o_ offsets, m_ mask, p_ pointers, b_ tile in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, launch_of
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _length(b_diff, L2: tl.constexpr):
+    """Length [BN] of the differences [BD, BN]."""
+    if L2:
+        return tl.sqrt(tl.sum(b_diff * b_diff, 0))
+    return tl.sum(tl.abs(b_diff), 0)
+
+
+@triton.jit
+def _pull(b_diff, b_length, b_weight, L2: tl.constexpr):
+    """Weight [BN] times the slope [BD, BN] of the distance; for L1 as (slope + 1) / 2, in [0, 1].
+
+    The constant cancels between the positive and the mean of the negatives. This form of the sign
+    takes one instruction; the sign of a difference below 1e-30 may be reduced, that of zero is zero.
+    """
+    if L2:
+        return b_diff * (b_weight / tl.where(b_length > 0, b_length, 1.0))[None, :]
+    return tl.clamp(b_diff * 1e30 + 0.5, 0.0, 1.0) * b_weight[None, :]
+
+
+@triton.jit
+def patch_lse_kernel(
+    student, teacher, valid, margin, grad, scale,
+    M, D, H, W,
+    stride_sb, stride_sc, stride_sh, stride_sw,
+    stride_tb, stride_tg, stride_tc, stride_th, stride_tw,
+    stride_vb, stride_vh, stride_vw,
+    P: tl.constexpr, Q: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    L2: tl.constexpr, OTHER_GROUPS: tl.constexpr, HAS_VALID: tl.constexpr, WITH_GRAD: tl.constexpr,
+    PADDED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Margin and gradient of BN rows of a patch. Outputs are contiguous, [B, M, H, W], [B, M*D, H, W].
+
+    Rows are numbered by group, then by place in the patch; at the edges of the map some do not exist.
+    Offsets inside a patch have 32 bits, and 64 if WIDE; those of the patch always have 64.
+    """
+    n_blocks = tl.cdiv(M * P * Q, BN)
+    i_patch = tl.program_id(0) // n_blocks
+    down = tl.cdiv(H, P)
+    across = tl.cdiv(W, Q)
+    i_b = (i_patch // (across * down)).to(tl.int64)
+    i_h = i_patch // across % down * P  # the patch's corner
+    i_w = i_patch % across * Q
+    p_s = student + i_b * stride_sb + i_h.to(tl.int64) * stride_sh + i_w.to(tl.int64) * stride_sw
+    p_t = teacher + i_b * stride_tb + i_h.to(tl.int64) * stride_th + i_w.to(tl.int64) * stride_tw
+    p_v = valid + i_b * stride_vb + i_h.to(tl.int64) * stride_vh + i_w.to(tl.int64) * stride_vw
+
+    o_d = tl.arange(0, BD)
+    o_n = tl.program_id(0) % n_blocks * BN + tl.arange(0, BN)
+    m_d = o_d < D
+    if WIDE:
+        o_d = o_d.to(tl.int64)
+        o_n = o_n.to(tl.int64)
+    o_g = o_n // (P * Q)
+    o_y = o_n // Q % P
+    o_x = o_n % Q
+    m_n = (o_g < M) & (i_h + o_y < H) & (i_w + o_x < W)
+    m_row = m_n
+    if HAS_VALID:
+        m_row = m_n & (tl.load(p_v + o_y * stride_vh + o_x * stride_vw, mask=m_n, other=0) != 0)
+    o_c = (o_g * D)[None, :] + o_d[:, None]  # channel [BD, BN]
+    m_tile = m_d[:, None] & m_row[None, :]
+    o_s = o_c * stride_sc + (o_y * stride_sh + o_x * stride_sw)[None, :]
+    b_s = tl.load(p_s + o_s, mask=m_tile, other=0.0).to(tl.float32)
+
+    c = scale * LOG2E  # logits are in units of log 2
+    b_top = tl.full([BN], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BN], tl.float32)
+    b_count = tl.zeros([BN], tl.int32)
+    b_acc = tl.zeros([BD, BN], tl.float32)
+    p_g = p_t
+    for i_g in range(M):
+        p_y, p_vy = p_g, p_v
+        for i_y in range(tl.minimum(P, H - i_h)):
+            p_x, p_vx = p_y, p_vy
+            for i_x in range(tl.minimum(Q, W - i_w)):
+                m_x = o_g != i_g
+                if not OTHER_GROUPS:
+                    m_x = m_x | (o_y != i_y) | (o_x != i_x)
+                m_k = m_d
+                if HAS_VALID:
+                    m_seen = tl.load(p_vx) != 0
+                    m_k = m_k & m_seen
+                    m_x = m_x & m_seen
+                if PADDED or HAS_VALID:
+                    b_t = tl.load(p_x + o_d * stride_tc, mask=m_k, other=0.0).to(tl.float32)
+                else:
+                    b_t = tl.load(p_x + o_d * stride_tc).to(tl.float32)
+                b_diff = b_s - b_t[:, None]
+                b_length = _length(b_diff, L2)
+                b_logit = tl.where(m_x, -c * b_length, float("-inf"))
+                b_new = tl.maximum(b_top, b_logit)
+                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_shrink = tl.exp2(b_top - b_shift)
+                b_p = tl.exp2(b_logit - b_shift)
+                b_top = b_new
+                b_sum = b_sum * b_shrink + b_p
+                b_count += m_x.to(tl.int32)
+                if WITH_GRAD:
+                    b_acc = b_acc * b_shrink[None, :] + _pull(b_diff, b_length, b_p, L2)
+                p_x += stride_tw
+                p_vx += stride_vw
+            p_y += stride_th
+            p_vy += stride_vh
+        p_g += stride_tg
+
+    o_t = o_c * stride_tc + (o_y * stride_th + o_x * stride_tw)[None, :]
+    b_diff = b_s - tl.load(p_t + o_t, mask=m_tile, other=0.0).to(tl.float32)
+    b_length = _length(b_diff, L2)
+    m_alive = m_row & (b_count > 0)
+    b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_margin = (b_top + tl.log2(b_safe) + c * b_length) / LOG2E
+    i_pixel = i_h.to(tl.int64) * W + i_w
+    p_m = margin + i_b * M * H * W + i_pixel
+    tl.store(p_m + (o_g * H + o_y) * W + o_x, tl.where(m_alive, b_margin, float("-inf")), mask=m_n)
+    if WITH_GRAD:
+        b_one = tl.full([BN], 1.0, tl.float32)
+        b_grad = _pull(b_diff, b_length, b_one, L2) - b_acc / b_safe[None, :]
+        b_grad *= scale if L2 else 2 * scale
+        b_grad = tl.where(m_alive[None, :], b_grad, 0.0).to(grad.dtype.element_ty)
+        p_out = grad + i_b * M * D * H * W + i_pixel
+        o_out = o_c * H * W + (o_y * W + o_x)[None, :]
+        tl.store(p_out + o_out, b_grad, mask=m_d[:, None] & m_n[None, :])
+
+
+# --- Launcher -------------------------------------------------------------------------------------
+
+
+def patch_lse(
+    student: Tensor,
+    teacher: Tensor,
+    valid_mask: Tensor | None,
+    groups: int,
+    patch: tuple[int, int],
+    temperature: float,
+    distance: str,
+    negatives: str,
+    *,
+    with_grad: bool,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Same contract as `tiled.patch_lse`. `launch` overrides the rule, for tests."""
+    batch, channels, height, width = student.shape
+    margin = student.new_empty((batch, groups, height, width), dtype=torch.float32)
+    grad = student.new_empty(student.shape) if with_grad else None
+    if margin.numel() == 0:
+        return margin, grad
+    p, q = min(patch[0], height), min(patch[1], width)
+    maps = (student, teacher, margin) if grad is None else (student, teacher, grad)
+    wide = any(_reach(map_, p, q) >= 2**31 for map_ in maps)
+    launch = launch or launch_of(channels // groups, groups * p * q, wide)
+    patches = batch * triton.cdiv(height, p) * triton.cdiv(width, q)
+    stride_tb, stride_tc, *strides_t = teacher.stride()
+    with torch.cuda.device_of(student):
+        patch_lse_kernel[(patches * triton.cdiv(groups * p * q, launch.BN),)](
+            student, teacher, student if valid_mask is None else valid_mask.view(torch.uint8),
+            margin, margin if grad is None else grad, 1.0 / temperature,
+            groups, channels // groups, height, width,
+            *student.stride(), stride_tb, channels // groups * stride_tc, stride_tc, *strides_t,
+            *((0, 0, 0) if valid_mask is None else valid_mask.stride()),
+            P=p, Q=q, BD=launch.BD, BN=launch.BN,
+            L2=distance == "l2", OTHER_GROUPS=negatives == "other_groups",
+            HAS_VALID=valid_mask is not None, WITH_GRAD=with_grad,
+            PADDED=channels // groups != launch.BD, WIDE=wide,
+            num_warps=launch.warps, num_stages=1, maxnreg=launch.registers,
+        )  # fmt: skip
+    return margin, grad
+
+
+def _reach(map_: Tensor, p: int, q: int) -> int:
+    """The largest offset between two numbers of a patch."""
+    _, channel, row, column = map_.stride()
+    return (map_.shape[1] - 1) * channel + (p - 1) * row + (q - 1) * column
