@@ -16,6 +16,7 @@ LAYERS = {
     "mhsa_plugin": 2,
     "pixel_queue": 1,
     "_head_layers": 1,
+    "distributed": 0,
     "_checks": 0,
     "ops": 0,
 }
