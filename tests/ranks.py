@@ -18,7 +18,14 @@ import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["torch._dynamo.testing", "torch.distributed.fsdp", "hypothesis", "numpy", "pytest", "pixdistill"]
+    [
+        "torch._dynamo.testing",
+        "torch.distributed.fsdp",
+        "hypothesis",
+        "numpy",
+        "pytest",
+        "pixdistill",
+    ]
 )
 _PATIENCE = 300.0  # seconds until a rank that has not ended counts as hanging
 

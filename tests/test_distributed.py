@@ -169,7 +169,9 @@ def rows_of(case, world, dtype=torch.float64):
         students.append(student.movedim(1, -1).reshape(-1, CHANNELS))
         teachers.append(teacher.movedim(1, -1).reshape(-1, WIDTH))
         images.append(torch.arange(count).repeat_interleave(area) + 100 * rank)
-        valids.append(torch.ones(count * area, dtype=torch.bool) if valid is None else valid.flatten())
+        valids.append(
+            torch.ones(count * area, dtype=torch.bool) if valid is None else valid.flatten()
+        )
     return torch.cat(students), torch.cat(teachers), torch.cat(images), torch.cat(valids)
 
 
@@ -327,7 +329,12 @@ def half_batch(rank):
 @pytest.mark.parametrize("mode", ["all", "ring"])
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
-    [(torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False), (torch.float16, False)],
+    [
+        (torch.bfloat16, True),
+        (torch.float16, True),
+        (torch.bfloat16, False),
+        (torch.float16, False),
+    ],
     ids=str,
 )
 def test_half_precision_is_no_worse_than_on_one_process(mode, dtype, autocast):
@@ -570,7 +577,9 @@ def test_ranks_that_disagree_raise_everywhere(what, mode):
         assert isinstance(error, Raised)
         assert error.kind == "ValueError"
         assert "the ranks' keys must have one width and dtype; got" in error.message
-        assert ("(7, 'torch.float32')" if what == "width" else "(6, 'torch.float64')") in error.message
+        assert (
+            "(7, 'torch.float32')" if what == "width" else "(6, 'torch.float64')"
+        ) in error.message
 
 
 def leave_on_rank(rank, what, folder):
@@ -674,7 +683,9 @@ def test_wrong_settings():
         PixelContrastLoss(gather_distributed="yes")
     with pytest.raises(TypeError, match="gather_distributed must be True or False; got 1"):
         PixelQueue(3, 4, gather_distributed=1)
-    with pytest.raises(ValueError, match=r"gather_mode must be one of \('all', 'ring'\); got 'star'"):
+    with pytest.raises(
+        ValueError, match=r"gather_mode must be one of \('all', 'ring'\); got 'star'"
+    ):
         PixelContrastLoss(gather_distributed=True, gather_mode="star")
 
 
