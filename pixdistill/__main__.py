@@ -59,6 +59,7 @@ def _row_lse(query: Tensor, keys: Tensor, key_mask: Tensor, backend: str) -> Ten
 
 
 PROBLEMS = {"row_lse": row_lse_problem}
+"""An operator each."""
 
 
 def error(problem: Problem, backend: str, truth: Problem) -> float:
@@ -81,17 +82,15 @@ def versions() -> Iterator[str]:
     yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield f"torch {torch.__version__}, CUDA {torch.version.cuda}, ROCm {torch.version.hip}"
     for package in ("triton", "einops"):
-        try:
-            yield f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            yield f"{package} is not installed"
+        found = list(importlib.metadata.distributions(name=package))
+        yield f"{package} {found[0].version}" if found else f"{package} is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET", "not set")
     yield f"float32 matmul precision {torch.get_float32_matmul_precision()!r}"
     yield f"TRITON_INTERPRET {interpreted}"
     backends = ("gloo", "nccl", "mpi", "ucc")
     available = dist.is_available()
-    found = [name for name in backends if available and dist.is_backend_available(name)]
-    yield f"torch.distributed: {', '.join(found) or 'none'}"
+    present = [name for name in backends if available and dist.is_backend_available(name)]
+    yield f"torch.distributed: {', '.join(present) or 'none'}"
 
 
 def devices() -> dict[torch.device, str]:
@@ -125,6 +124,7 @@ def main() -> int:
 
     print("\nlargest relative error of value and gradient, against the dense reference in float64")
     wrong = 0
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # or the fused kernel takes no float32
     for name, make in PROBLEMS.items():
         for device in devices():
@@ -133,6 +133,7 @@ def main() -> int:
                     verdict, right = _verdict(make, device, dtype, backend)
                     wrong += not right
                     print(f"  {_label(name, device, dtype)}{backend:<11}{verdict}")
+    torch.set_float32_matmul_precision(precision)
     print(f"\n{wrong} wrong: please report it" if wrong else "\nall right")
     return 1 if wrong else 0
 
@@ -140,13 +141,14 @@ def main() -> int:
 def _verdict(
     make: Callable[..., Problem], device: torch.device, dtype: torch.dtype, backend: str
 ) -> tuple[str, bool]:
-    problem = make(device, dtype, dtype)
-    if backend == "triton" and problem.why_not_triton is not None:
-        return f"not run: {problem.why_not_triton}", True
+    """The error of a backend, or why there is none; False if it is wrong."""
     tf32 = dtype == torch.float32 and (backend == "triton" or device.type == "cuda")
     tolerance = TOLERANCE[torch.float16 if tf32 else dtype]
     truth = make(torch.device("cpu"), torch.float64, dtype)
     try:
+        problem = make(device, dtype, dtype)
+        if backend == "triton" and problem.why_not_triton is not None:
+            return f"not run: {problem.why_not_triton}", True
         found = error(problem, backend, truth)
     except Exception as reason:  # whatever it is, the report has to hold it
         return f"FAILED: {type(reason).__name__}: {reason}", False
