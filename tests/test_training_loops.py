@@ -150,6 +150,7 @@ def fresh_compiler():
 # --- torch.compile and torch.func -----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_compiles_once_with_student_and_optimizer_for_ten_steps(name):
     """Equal parameters after ten steps of changing sizes; from the first step on nothing compiles."""
     model = build(name)
