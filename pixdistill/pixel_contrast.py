@@ -13,7 +13,7 @@ without an N x N matrix. What stands here is plain PyTorch on vectors of N numbe
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,21 @@ from ._checks import (
     check_positive,
     check_rows,
 )
+from .distributed import all_blocks, ring_blocks, total, world_size
+from .ops.joined_row_lse import joined_row_lse
 from .ops.row_lse import BACKENDS, row_lse_and_max
 from .pixel_queue import PixelQueue, unit_vectors
 
 REDUCTIONS = ("mean", "sum", "none")
 NEGATIVES = ("batch", "image", "queue")
+GATHER_MODES = ("all", "ring")
 
 
 class PixelContrastComponents(NamedTuple):
-    """What `PixelContrastLoss.components` returns; only `loss` carries a gradient."""
+    """What `PixelContrastLoss.components` returns; only `loss` carries a gradient.
+
+    With `gather_distributed`, the other two are those of all ranks, the same on each.
+    """
 
     loss: Tensor
     """The loss that `forward` returns."""
@@ -109,6 +115,13 @@ class PixelContrastLoss(nn.Module):
         learnable_temperature: makes tau a parameter (its logarithm, `log_temperature`).
         reduction: "mean" over valid pixels, "sum", or "none" for a loss per pixel `[B, *spatial]`.
         backend: "auto", "triton", "torch" or "reference", see `ops.row_lse`.
+        gather_distributed: compute what one process would on the batches of all ranks together. With
+            "batch", the teacher pixels of all ranks are negatives. The mean is over the valid pixels
+            of all ranks, times the number of ranks (as is the sum), so that the average of the
+            gradients over the ranks, which DDP and FSDP make, is the gradient of that one process;
+            the average of the losses is its loss. All ranks must call, with maps of any size.
+        gather_mode: "all" gathers the keys of W ranks at once, W N D numbers; "ring" passes them from
+            rank to rank while the previous ones are used, 2 N D numbers.
 
     Shapes: student and teacher `[B, C, *spatial]` with one, two or three spatial axes; project the
     student to the teacher's channels and size first. `valid_mask` `[B, *spatial]`, True = used.
@@ -129,6 +142,8 @@ class PixelContrastLoss(nn.Module):
         learnable_temperature: bool = False,
         reduction: str = "mean",
         backend: str = "auto",
+        gather_distributed: bool = False,
+        gather_mode: str = "all",
     ) -> None:
         super().__init__()
         check_positive("temperature", temperature)
@@ -136,6 +151,8 @@ class PixelContrastLoss(nn.Module):
         check_flag("learnable_temperature", learnable_temperature)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("backend", backend, BACKENDS)
+        check_flag("gather_distributed", gather_distributed)
+        check_choice("gather_mode", gather_mode, GATHER_MODES)
         self.negatives = _check_negatives(negatives)
         if queue is not None and not isinstance(queue, PixelQueue):
             raise TypeError(f"queue must be a PixelQueue; got {type(queue).__name__}")
@@ -148,6 +165,8 @@ class PixelContrastLoss(nn.Module):
         self.normalize = normalize
         self.reduction = reduction
         self.backend = backend
+        self.gather_distributed = gather_distributed
+        self.gather_mode = gather_mode
         self._temperature = float(temperature)
         self.log_temperature = (
             nn.Parameter(torch.full((1,), math.log(temperature))) if learnable_temperature else None
@@ -172,11 +191,14 @@ class PixelContrastLoss(nn.Module):
     ) -> PixelContrastComponents:
         """The loss with the contrast accuracy and the mean positive similarity, in the same pass."""
         terms = self._terms(student, teacher, valid_mask, with_max=True)
-        return PixelContrastComponents(
-            self._finish(terms.loss, student, valid_mask, self.reduction),
-            self._finish(terms.wins, student, valid_mask, "mean"),
-            self._finish(terms.similarity, student, valid_mask, "mean"),
-        )
+        loss = self._finish(terms.loss, student, valid_mask, self.reduction)
+        logged = [
+            self._finish(values, student, valid_mask, "mean")
+            for values in (terms.wins, terms.similarity)
+        ]
+        if self._gathers:
+            logged = [total(mean) / world_size() for mean in logged]
+        return PixelContrastComponents(loss, *logged)
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
@@ -184,6 +206,7 @@ class PixelContrastLoss(nn.Module):
         return (
             f"temperature={temperature}, negatives={self.negatives}, normalize={self.normalize}, "
             f"reduction={self.reduction!r}, backend={self.backend!r}"
+            + (f", gather_mode={self.gather_mode!r}" if self.gather_distributed else "")
         )
 
     def _terms(
@@ -203,14 +226,18 @@ class PixelContrastLoss(nn.Module):
             self.normalize,
             self.backend,
             with_max,
+            self.gather_mode if self._gathers and "batch" in self.negatives else None,
         )
 
-    @staticmethod
+    @property
+    def _gathers(self) -> bool:
+        return self.gather_distributed and world_size() > 1
+
     def _finish(
-        values: Tensor, student: Tensor, valid_mask: Tensor | None, reduction: str
+        self, values: Tensor, student: Tensor, valid_mask: Tensor | None, reduction: str
     ) -> Tensor:
         values = values.reshape(student.shape[:1] + student.shape[2:])
-        return _reduce(values, valid_mask, reduction)
+        return _reduce(values, valid_mask, reduction, all_ranks=self._gathers)
 
 
 class _Terms(NamedTuple):
@@ -231,6 +258,7 @@ def _contrast(
     normalize: bool,
     backend: str,
     with_max: bool,
+    gather_mode: str | None = None,
 ) -> _Terms:
     """The loss of each row `[..., N]`. `wins` means something only `with_max`."""
     check_rows(student, teacher)
@@ -260,22 +288,22 @@ def _contrast(
     similarity = (student.to(dtype) * teacher.to(dtype)).sum(dim=-1)
     positive = scale * similarity
 
+    options: dict[str, Any] = {"logit_bound": bound, "backend": backend, "with_max": with_max}
     # row i of the teacher is the positive of row i, so the diagonal is left out of the negatives
     sources: list[tuple[Tensor, Tensor | None, int | None]] = []
-    if in_batch:
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    if gather_mode == "ring":
+        blocks = ring_blocks(_as_operand(teacher), valid_mask)
+        parts.append(joined_row_lse(student, blocks, scale, **options))
+    elif gather_mode == "all":
+        sources.append(all_blocks(_as_operand(teacher), valid_mask))
+    elif in_batch:
         sources.append((teacher, valid_mask, 0))
     if queue_keys is not None and (queue_keys.shape[0] > 0 or not in_batch):
         sources.append((queue_keys.detach(), None, None))
-    parts = [
+    parts += [
         row_lse_and_max(
-            student,
-            keys,
-            scale,
-            key_mask=key_mask,
-            exclude_offset=exclude_offset,
-            logit_bound=bound,
-            backend=backend,
-            with_max=with_max,
+            student, keys, scale, key_mask=key_mask, exclude_offset=exclude_offset, **options
         )
         for keys, key_mask, exclude_offset in sources
     ]
@@ -287,14 +315,31 @@ def _contrast(
     return _Terms(loss, wins, similarity.detach())
 
 
-def _reduce(values: Tensor, valid_mask: Tensor | None, reduction: str) -> Tensor:
-    """Mean over valid entries, sum, or the entries themselves; zero where nothing is valid."""
+def _as_operand(keys: Tensor) -> Tensor:
+    """Keys in the dtype that their products are made in: half the traffic under autocast."""
+    if torch.is_autocast_enabled(keys.device.type) and keys.dtype != torch.float64:
+        return keys.to(torch.get_autocast_dtype(keys.device.type))
+    return keys
+
+
+def _reduce(
+    values: Tensor, valid_mask: Tensor | None, reduction: str, *, all_ranks: bool = False
+) -> Tensor:
+    """Mean over valid entries, sum, or the entries themselves; zero where nothing is valid.
+
+    With `all_ranks`, the average over the ranks is the mean over the entries of all, or their sum.
+    """
     if valid_mask is not None:
         values = values.masked_fill(~valid_mask, 0.0)
     if reduction == "none":
         return values
+    ranks = world_size() if all_ranks else 1
     if reduction == "sum":
-        return values.sum()
+        return values.sum() * ranks
+    if all_ranks:
+        count = torch.full((), values.numel(), device=values.device)
+        count = total(count if valid_mask is None else valid_mask.sum())
+        return values.sum() * ranks / count.clamp_min(1)
     if valid_mask is not None:
         return values.sum() / valid_mask.sum().clamp_min(1)
     return values.sum() / max(values.numel(), 1)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_count
+from ._checks import check_count, check_flag
+from .distributed import broadcast, gather_rows, world_size
 
 # At or below this norm a vector has no direction: PCD's (and F.normalize's) epsilon.
 MIN_NORM = 1e-12
@@ -31,6 +32,8 @@ class PixelQueue(nn.Module):
     Args:
         size: number of vectors, PCD: 65536.
         dim: their width.
+        gather_distributed: enqueue the vectors of all ranks, in the order of the ranks, so that all
+            ranks hold the same queue. The first enqueue takes rank 0's. All ranks must call.
         device, dtype: of `keys`. Under autocast on a GPU, the autocast dtype saves a conversion of
             the whole queue at each use.
 
@@ -49,14 +52,18 @@ class PixelQueue(nn.Module):
         size: int,
         dim: int,
         *,
+        gather_distributed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_count("size", size)
         check_count("dim", dim)
+        check_flag("gather_distributed", gather_distributed)
         self.size = size
         self.dim = dim
+        self.gather_distributed = gather_distributed
+        self._shared = False
         self.register_buffer("keys", torch.empty(size, dim, device=device, dtype=dtype))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
@@ -66,6 +73,14 @@ class PixelQueue(nn.Module):
         """Fill with random unit vectors from the global generator and set the pointer to 0."""
         self.keys.copy_(unit_vectors(torch.randn_like(self.keys, dtype=torch.float32)))
         self.ptr.zero_()
+        self._shared = False
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Take rank 0's queue, once, if this queue gathers; before that they start differently."""
+        if self.gather_distributed and not self._shared and world_size() > 1:
+            broadcast(self.keys, self.ptr)
+            self._shared = True
 
     @torch.no_grad()
     def enqueue(self, vectors: Tensor) -> None:
@@ -83,6 +98,9 @@ class PixelQueue(nn.Module):
             raise ValueError(
                 f"vectors must be on the queue's device, {self.keys.device}; got {vectors.device}"
             )
+        if self.gather_distributed and world_size() > 1:
+            self.share()
+            vectors = gather_rows(vectors)
         count = vectors.shape[0]
         newest = vectors[max(0, count - self.size) :]
         start = self.ptr + (count - newest.shape[0])

@@ -1,6 +1,7 @@
 """Truths derived without the library, and comparisons that must fail when they should."""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -20,14 +21,25 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "torch", "triton")
 
 
-def run(*command: str, env: dict[str, str] | None = None) -> str:
-    """Output of a fresh interpreter in the repository's root, without Triton's interpreter."""
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def python_blocks(markdown: str) -> list[str]:
+    """The programs of a page."""
+    return re.findall(r"^```python\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(*command: str, env: dict[str, str] | None = None, folder: Path = ROOT) -> str:
+    """Output of a fresh interpreter in a folder, without Triton's interpreter or a process group."""
+    gone = {"TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"}
+    clean = {name: value for name, value in os.environ.items() if name not in gone}
     clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=clean, check=False
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=clean,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
