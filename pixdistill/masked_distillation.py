@@ -252,13 +252,10 @@ class _MaskedDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         student, teacher, attention, valid_mask = ctx.saved_tensors
-        dtype = attention.dtype
         factor = (attention * (2 / student.shape[1] * grad)[:, None, None]).unsqueeze(1)
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is differentiated in its turn
-            gradient = factor * _gap(student, teacher, dtype, valid_mask)
-            return gradient.to(student.dtype), None, None, None
+        # With create_graph=True autograd records this in its turn.
         gradient = torch.empty_like(student)
-        for rows, gap in _gaps(student, teacher, dtype, valid_mask):
+        for rows, gap in _gaps(student, teacher, attention.dtype, valid_mask):
             gradient[:, :, rows] = gap.mul_(factor[:, :, rows])
         return gradient, None, None, None
 
