@@ -54,9 +54,10 @@ from matplotlib.patches import Patch
 from scipy import stats
 from torch import Tensor, nn
 
-from pixdistill import PixelContrastLoss, PixelQueue
+from pixdistill import AfDCDLoss, PixelContrastLoss, PixelQueue
 
 QUEUE_SIZE = 4096
+LOGIT_TEMPERATURE = 4.0
 
 
 class PixelContrast(nn.Module):
@@ -86,6 +87,50 @@ class LogitMatching(nn.Module):
         return MASKED_WEIGHT * F.mse_loss(student.logits, teacher.logits)
 
 
+class PatchContrast(nn.Module):
+    """Af-DCD of the features: mimicking behind a mask, and contrast inside patches."""
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        self.loss = AfDCDLoss(
+            student_channels,
+            teacher_channels,
+            num_groups=8,
+            pool_size=2,
+            mimic_reduction="mean",
+            mimic_weight=1.0,
+            contrast_weight=0.02,
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Compare the features, which have 16 x 16 cells: four patches of pooled ones."""
+        return self.loss(student.features, teacher.features)
+
+
+class WithLogits(nn.Module):
+    """A distillation loss plus the divergence of the class probabilities (Hinton et al., 2015)."""
+
+    def __init__(self, loss: nn.Module, weight: float):
+        super().__init__()
+        self.loss, self.weight = loss, weight
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Add the mean divergence of a pixel, at a temperature that its square makes up for."""
+        ours, theirs = (
+            (logits.float() / LOGIT_TEMPERATURE).log_softmax(dim=1)
+            for logits in (student.logits, teacher.logits)
+        )
+        divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True) / ours[:, 0].numel()
+        return self.loss(student, teacher) + self.weight * LOGIT_TEMPERATURE**2 * divergence
+
+
+def with_logits(build_loss: Builder, weight: float) -> Builder:
+    """What builds the loss, or the loss plus the logits' term where it has a weight."""
+    if not weight:
+        return build_loss
+    return lambda channels: WithLogits(build_loss(channels), weight)
+
+
 def pixel_contrast(_: Bench, teacher: FCN, __: int, *, queued: bool = False) -> Builder:
     """PCD asks of the teacher no more than how wide its features are."""
     return partial(PixelContrast, teacher_channels=teacher.channels, queued=queued)
@@ -104,6 +149,7 @@ LOSSES: dict[str, Callable[[Bench, FCN, int], Builder]] = {
     "pcd-queue": partial(pixel_contrast, queued=True),
     "maskd": masked_logits,
     "mse": lambda *_: lambda _: LogitMatching(),
+    "af_dcd": lambda _, teacher, __: partial(PatchContrast, teacher_channels=teacher.channels),
 }
 
 
@@ -173,8 +219,8 @@ def draw_figure(test: Labelled, answers: dict[str, Tensor], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def compare(options: argparse.Namespace) -> Result:
-    """Train the teacher once and every student twice, telling each score as it comes."""
+def compare(options: argparse.Namespace) -> list[Result]:
+    """Train the teacher once, and every student alone and by each loss, telling the scores."""
     splits = load_splits()
     generator = torch.Generator().manual_seed(TEST_SEED)
     test = draw_scenes(splits[options.split], options.test_scenes, generator)
@@ -193,22 +239,30 @@ def compare(options: argparse.Namespace) -> Result:
         return network, iou
 
     teacher, iou = score("teacher", "teacher", "teacher", TEACHER_SEED, options.teacher_steps)
-    guide = (teacher, LOSSES[options.loss](bench, teacher, options.mask_steps))
-    result = Result(options.loss, iou, [], [])
+    names = list(LOSSES) if options.loss == "all" else [options.loss]
+    builders = {
+        name: with_logits(LOSSES[name](bench, teacher, options.mask_steps), options.logits)
+        for name in names
+    }
+    alone: list[float] = []
+    results = [Result(name, iou, alone, []) for name in names]
     for seed in range(options.seeds):
         how = ("student", seed, options.steps)
-        result.alone.append(score("student alone", f"seed {seed} alone", *how)[1])
-        name = f"seed {seed} {options.loss}"
-        result.distilled.append(score("distilled student", name, *how, guide)[1])
+        alone.append(score("student alone", f"seed {seed} alone", *how)[1])
+        for name, result in zip(names, results, strict=True):
+            title = "distilled student" if len(names) == 1 else name
+            guide = (teacher, builders[name])
+            result.distilled.append(score(title, f"seed {seed} {name}", *how, guide)[1])
     draw_figure(test, answers, options.output)
-    return result
+    return results
 
 
-def main(argv: Sequence[str] | None = None) -> Result:
+def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Run the comparison, print what it found and return the figures behind it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--loss", choices=LOSSES, default="pcd", help="distillation loss (default: pcd)")
+    add("--loss", choices=(*LOSSES, "all"), default="pcd", help="distillation loss (default: pcd)")
+    add("--logits", type=float, default=0.0, help="weight of a term of the logits besides (0)")
     add("--seeds", type=int, default=3, help="pairs of students to train (default: 3)")
     add("--steps", type=int, default=600, help="steps of a student (default: 600)")
     add("--teacher-steps", type=int, default=1200, help="steps of the teacher (default: 1200)")
@@ -222,11 +276,13 @@ def main(argv: Sequence[str] | None = None) -> Result:
     if min(options.seeds, options.test_scenes) < 1:
         parser.error("--seeds and --test-scenes must be at least 1")
     start = time.perf_counter()
-    result = compare(options)
+    results = compare(options)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    print(f"\n{result.table()}\n\n{result.verdict()}")
+    for result in results:
+        title = f"{result.loss}\n" if len(results) > 1 else ""
+        print(f"\n{title}{result.table()}\n\n{result.verdict()}")
     print(f"Took {minutes} min {seconds} s; some scenes are drawn in {options.output}.")
-    return result
+    return results
 
 
 if __name__ == "__main__":
