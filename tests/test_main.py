@@ -1,5 +1,6 @@
 """`python -m pixdistill`: what it prints, and its exit status where a backend is wrong."""
 
+import itertools
 import runpy
 
 import einops
@@ -10,6 +11,7 @@ from helpers import BACKENDS, TRITON_DEVICE, run
 import pixdistill
 from pixdistill.ops.row_lse import tiled
 
+OPERATORS = ("row_lse", "patch_lse")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -40,11 +42,12 @@ def test_a_fresh_process_says_what_is_there_and_that_all_is_right():
     assert "gloo" in out
     assert "\ncpu: " in out
     taken = {tuple(row[:3]): row[3:] for row in rows(out, 'backend="auto" takes')}
-    for dtype in DTYPES:
-        backend, reason = taken["row_lse", "cpu", dtype]
-        assert backend == "torch"
-        assert reason.startswith("(not triton: it ")
-    assert "(not triton: it has no torch.float64 form)" in taken["row_lse", "cpu", "float64"]
+    for name in OPERATORS:
+        for dtype in DTYPES:
+            backend, reason = taken[name, "cpu", dtype]
+            assert backend == "torch"
+            assert reason.startswith("(not triton: it ")
+        assert "(not triton: it has no torch.float64 form)" in taken[name, "cpu", "float64"]
     assert out.endswith("\nall right\n")
 
 
@@ -55,18 +58,16 @@ def test_every_backend_is_checked_that_can_run(capsys):
     assert status == 0, out
     assert torch.get_float32_matmul_precision() == precision
     checked = {tuple(row[:4]): row[4] for row in rows(out, "largest relative error")}
-    for device in ("cpu", "cuda:0") if TRITON_DEVICE == "cuda" else ("cpu",):
-        for dtype in DTYPES:
-            for backend in BACKENDS:
-                verdict = checked["row_lse", device, dtype, backend]
-                if backend == "triton" and not (
-                    device.startswith(TRITON_DEVICE) and dtype != "float64"
-                ):
-                    assert verdict.startswith("not run: ")
-                else:
-                    error, word = verdict.split()
-                    assert word == "ok"
-                    assert float(error) < {"float64": 1e-12}.get(dtype, 4e-2)
+    devices = ("cpu", "cuda:0") if TRITON_DEVICE == "cuda" else ("cpu",)
+    for name, device, dtype, backend in itertools.product(OPERATORS, devices, DTYPES, BACKENDS):
+        verdict = checked[name, device, dtype, backend]
+        fits = device.startswith(TRITON_DEVICE) and dtype != "float64"
+        if backend == "triton" and not fits:
+            assert verdict.startswith("not run: ")
+        else:
+            error, word = verdict.split()
+            assert word == "ok"
+            assert float(error) < {"float64": 1e-12}.get(dtype, 4e-2)
 
 
 def larger_values(lse, mean, largest):
@@ -91,9 +92,10 @@ def test_a_backend_that_computes_something_else_is_wrong(capsys, monkeypatch, fa
     monkeypatch.setattr(tiled, "row_lse", lambda *a, **k: fault(*right(*a, **k)))
     status, out = report(capsys)
     assert status == 1
-    for _, _, dtype, backend, verdict in rows(out, "largest relative error"):
+    for name, _, dtype, backend, verdict in rows(out, "largest relative error"):
         # one part in a hundred is within the rounding of bfloat16
-        wrong = backend == "torch" and (fault is not larger_values or dtype != "bfloat16")
+        seen = fault is not larger_values or dtype != "bfloat16"
+        wrong = name == "row_lse" and backend == "torch" and seen
         assert (" WRONG: at most " in verdict) == wrong, verdict
         if wrong:
             assert shown in verdict.split()[0]

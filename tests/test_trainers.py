@@ -126,7 +126,7 @@ def test_lightning_with_each_loss(tmp_path):
     maps = "student(loader.dataset), teacher(loader.dataset)"
     program = watched("Lightning", "lightning.Trainer(", maps)
     program += """
-assert all(p.grad is not None and p.grad.norm() > 0 for p in criterion.parameters())
+assert all(p.grad.norm() > 0 for p in criterion.parameters() if p.requires_grad)
 print(criterion)
 """
     assert program.count(LOSSES[0]) == 1
