@@ -149,8 +149,8 @@ class AfDCDLoss(nn.Module):
             `[B, teacher_channels, H, W]`.
         mimic_weight: of the mimic term. With the sum it is tied to the size of the map.
         contrast_weight: of the contrast term.
-        contrast, num_groups, patch_size, pool_size, temperature, distance, negatives, ragged,
-            mimic_reduction, backend: as in `af_dcd_terms`.
+
+    All other arguments are those of `af_dcd_terms`.
 
     The parameters of `align` and `projector` are trained with the student's, and saved with this
     module. The teacher never receives a gradient.

@@ -414,6 +414,12 @@ def test_the_mask_zeroes_aligned_pixels_and_so_what_alignment_adds():
     drop_mask = some_mask(2, 2, 3)
     loss(torch.ones(2, 3, 2, 3), torch.zeros(2, 4, 2, 3), drop_mask=drop_mask)
     assert torch.equal((recorder.seen == 0).all(dim=1), drop_mask)
+    valid_mask = some_mask(2, 2, 3, seed=7)
+    arguments = torch.ones(2, 3, 2, 3), torch.zeros(2, 4, 2, 3)
+    loss(*arguments, drop_mask=drop_mask, valid_mask=valid_mask)
+    assert torch.equal((recorder.seen == 0).all(dim=1), drop_mask | ~valid_mask)
+    loss.eval()(*arguments, valid_mask=valid_mask)
+    assert torch.equal((recorder.seen == 0).all(dim=1), ~valid_mask)
 
 
 def test_alignment_exists_only_where_channels_differ():

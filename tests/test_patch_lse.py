@@ -288,16 +288,17 @@ def test_strided_inputs_equal_contiguous_ones(backend):
 def test_offsets_beyond_32_bits(backend):
     """Views that reach beyond 2^31 elements along each axis; untouched pages cost no memory."""
     big = torch.empty(600 * 2**22, dtype=torch.bfloat16, device=device_of(backend))
-    options = {"groups": 2, "patch": (2, 2), "temperature": 0.5, "backend": backend}
+    options = {"patch": (2, 2), "temperature": 0.5, "negatives": "all_others", "backend": backend}
     for strides in (
         (2**30, 16, 4, 1),  # images
-        (1, 2**29 + 2**27, 4, 64),  # channels
+        (1, 2**29 + 2**26, 4, 64),  # channels
         (1, 4, 2**30, 64),  # rows
         (1, 4, 64, 2**30),  # columns
     ):
-        student, teacher = maps(3, 4, 3, 3, dtype=torch.bfloat16)
-        if strides[0] == 1:
-            student, teacher = student[:1], teacher[:1]
+        options["groups"] = 1 if strides[1] > 2**29 else 2  # a vector, or a group, lies beyond
+        channels = 5 if strides[1] > 2**29 else 4
+        images = 1 if strides[0] == 1 else 3
+        student, teacher = maps(images, channels, 3, 3, dtype=torch.bfloat16)
         near = [x.to(big.device) for x in (student, teacher)]
         far = big.as_strided(student.shape, strides)
         expected = patch_lse(*near, **options)
@@ -319,7 +320,7 @@ def test_nothing_to_contrast_is_minus_infinity_without_gradient(backend, negativ
     margin, grad = call(backend, student, teacher, groups=2, valid_mask=nothing, **options)
     assert torch.equal(margin, torch.full((2, 2, 2, 3), -torch.inf))
     assert torch.equal(grad, torch.zeros_like(student))
-    options["patch"] = (1, 1)
+    options = {"patch": (1, 1), "temperature": 0.3, "negatives": negatives}
     margin, grad = call(backend, student, teacher, groups=1, **options)
     assert torch.equal(margin, torch.full((2, 1, 2, 3), -torch.inf))
     assert torch.equal(grad, torch.zeros_like(student))
@@ -328,6 +329,25 @@ def test_nothing_to_contrast_is_minus_infinity_without_gradient(backend, negativ
         margin, grad = call(backend, empty, empty, groups=2, **options)
         assert margin.shape == (shape[0], 2, *shape[2:])
         assert grad.shape == shape
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("alone", [False, True])
+def test_rows_without_negatives_have_no_gradient_even_if_the_loss_asks(backend, alone):
+    """By the mask, or because the positive is all there is."""
+    device = device_of(backend)
+    student, teacher = (x.to(device) for x in maps(1, 4, 2, 3))
+    nothing = torch.zeros(1, 2, 3, dtype=torch.bool, device=device)
+    options = {"groups": 1, "patch": (1, 1)} if alone else {"groups": 2, "patch": (2, 2)}
+    options |= {
+        "temperature": 0.3,
+        "backend": backend,
+        "valid_mask": ~nothing if alone else nothing,
+    }
+    student.requires_grad_()
+    margin = patch_lse(student, teacher, negatives="all_others", **options)
+    (grad,) = torch.autograd.grad(margin, student, torch.ones_like(margin))
+    assert torch.equal(grad, torch.zeros_like(student))
 
 
 @pytest.mark.parametrize("backend", FAST)
