@@ -54,7 +54,7 @@ from matplotlib.patches import Patch
 from scipy import stats
 from torch import Tensor, nn
 
-from pixdistill import AfDCDLoss, PixelContrastLoss, PixelQueue
+from pixdistill import PixelContrastLoss, PixelQueue
 
 QUEUE_SIZE = 4096
 LOGIT_TEMPERATURE = 4.0
@@ -85,26 +85,6 @@ class LogitMatching(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
         """Weigh the mean squared difference as the masked one."""
         return MASKED_WEIGHT * F.mse_loss(student.logits, teacher.logits)
-
-
-class PatchContrast(nn.Module):
-    """Af-DCD of the features: mimicking behind a mask, and contrast inside patches."""
-
-    def __init__(self, student_channels: int, teacher_channels: int):
-        super().__init__()
-        self.loss = AfDCDLoss(
-            student_channels,
-            teacher_channels,
-            num_groups=8,
-            pool_size=2,
-            mimic_reduction="mean",
-            mimic_weight=1.0,
-            contrast_weight=0.02,
-        )
-
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Compare the features, which have 16 x 16 cells: four patches of pooled ones."""
-        return self.loss(student.features, teacher.features)
 
 
 class WithLogits(nn.Module):
@@ -149,7 +129,6 @@ LOSSES: dict[str, Callable[[Bench, FCN, int], Builder]] = {
     "pcd-queue": partial(pixel_contrast, queued=True),
     "maskd": masked_logits,
     "mse": lambda *_: lambda _: LogitMatching(),
-    "af_dcd": lambda _, teacher, __: partial(PatchContrast, teacher_channels=teacher.channels),
 }
 
 
