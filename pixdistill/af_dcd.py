@@ -198,9 +198,8 @@ class AfDCDLoss(nn.Module):
         check_choice("mimic_reduction", mimic_reduction, MIMIC_REDUCTIONS)
         check_choice("backend", backend, BACKENDS)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
-        self.mask_ratio = mask_ratio
-        self.mimic_weight, self.contrast_weight = mimic_weight, contrast_weight
-        self.contrast, self.num_groups = contrast, num_groups
+        self.mask_ratio, self.mimic_weight = mask_ratio, mimic_weight
+        self.contrast_weight, self.contrast, self.num_groups = contrast_weight, contrast, num_groups
         self.patch_size, self.pool_size = patch_size, pool_size
         self.temperature, self.distance, self.negatives = temperature, distance, negatives
         self.ragged, self.mimic_reduction, self.backend = ragged, mimic_reduction, backend

@@ -40,10 +40,7 @@ GATHER_MODES = ("all", "ring")
 
 
 class PixelContrastComponents(NamedTuple):
-    """What `PixelContrastLoss.components` returns; only `loss` carries a gradient.
-
-    With `gather_distributed`, the other two are those of all ranks, the same on each.
-    """
+    """A loss to differentiate, and two numbers to log, which are of all ranks where these gather."""
 
     loss: Tensor
     """The loss that `forward` returns."""
@@ -115,11 +112,10 @@ class PixelContrastLoss(nn.Module):
         learnable_temperature: makes tau a parameter (its logarithm, `log_temperature`).
         reduction: "mean" over valid pixels, "sum", or "none" for a loss per pixel `[B, *spatial]`.
         backend: "auto", "triton", "torch" or "reference", see `ops.row_lse`.
-        gather_distributed: compute what one process would on the batches of all ranks together. With
-            "batch", the teacher pixels of all ranks are negatives. The mean is over the valid pixels
-            of all ranks, times the number of ranks (as is the sum), so that the average of the
-            gradients over the ranks, which DDP and FSDP make, is the gradient of that one process;
-            the average of the losses is its loss. All ranks must call, with maps of any size.
+        gather_distributed: compute what one process would on the batches of all ranks together: the
+            teacher pixels of all ranks are "batch" negatives, and mean and sum are scaled by the number
+            of ranks, so that the average over ranks of losses, and of gradients as DDP and FSDP make
+            it, is that of the one process. All ranks must call, with maps of any size.
         gather_mode: "all" gathers the keys of W ranks at once, W N D numbers; "ring" passes them from
             rank to rank while the previous ones are used, 2 N D numbers.
 
@@ -162,11 +158,8 @@ class PixelContrastLoss(nn.Module):
                 f"got negatives={negatives!r} and queue={queue!r}"
             )
         self.queue = queue
-        self.normalize = normalize
-        self.reduction = reduction
-        self.backend = backend
-        self.gather_distributed = gather_distributed
-        self.gather_mode = gather_mode
+        self.normalize, self.reduction, self.backend = normalize, reduction, backend
+        self.gather_distributed, self.gather_mode = gather_distributed, gather_mode
         self._temperature = float(temperature)
         self.log_temperature = (
             nn.Parameter(torch.full((1,), math.log(temperature))) if learnable_temperature else None
