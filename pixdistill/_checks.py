@@ -86,24 +86,21 @@ def check_mask(
 
 def check_positive(name: str, value: float) -> None:
     """A finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+    _check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
 
 
 def check_nonnegative(name: str, value: float) -> None:
     """A finite number, zero or above."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+    _check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
 
 
 def check_share(name: str, value: float) -> None:
     """A number from zero to one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+    _check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1; got {value!r}")
 
@@ -167,3 +164,8 @@ def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"{name} must be on the student's device, {like.device}; got {tensor.device}. Move it."
         )
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")

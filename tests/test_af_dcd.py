@@ -683,3 +683,11 @@ def test_a_projector_that_changes_the_shape_is_named():
         af_dcd_terms(T, T, num_groups=3)
     with pytest.raises(ValueError, match="equal to teacher's"):
         af_dcd_terms(S, T, num_groups=3)
+
+
+@pytest.mark.parametrize("share", [0, 0.0, 1, 1.0])
+def test_both_ends_of_mask_ratio_are_allowed(share):
+    loss = AfDCDLoss(4, 4, num_groups=2, patch_size=2, pool_size=None, mask_ratio=share)
+    recorder = loss.projector = Recorder()
+    loss(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+    assert bool((recorder.seen == 0).all()) == bool(share)

@@ -4,7 +4,7 @@
 
 Everything is learned from photographs that ship inside scikit-image and scikit-learn (nothing is
 downloaded). A teacher learns first, from two views of each crop, with a head on its pooled vector.
-Then, for every seed, students of about 30k parameters start from the same weights and see the same
+Then, for every seed, students of about 36k parameters start from the same weights and see the same
 views, and four objectives distil the frozen teacher into them: its pooled vectors only, PCD with
 the head applied to each pixel instead of the SpatialAdaptor, PCD without the MHSAPlugin, and PCD.
 What their features are worth is measured on something else: a linear probe names the digit under

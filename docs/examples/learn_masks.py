@@ -10,7 +10,7 @@ the teacher's where the masks are. This is the segmentation variant of MasKD. A 
 over scenes of held-out digits, one column a token, and how they came about.
 
 It trains one student; `distill_digits.py --loss maskd` compares several. Besides pixdistill it
-needs scikit-learn, matplotlib and tqdm, and about two minutes on two idle CPU cores.
+needs scikit-learn, matplotlib and tqdm, and a few minutes on a CPU.
 """
 
 from __future__ import annotations
