@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pixdistill import AfDCDLoss
+from pixdistill.af_dcd import _pool
 from pixdistill.ops.patch_lse import patch_lse, why_not_triton
 
 from . import report
@@ -86,7 +87,7 @@ def plain_contrast(student: Tensor, teacher: Tensor, pool: int) -> Tensor:
 def our_contrast(student: Tensor, teacher: Tensor, pool: int, backend: str) -> Tensor:
     """What `af_dcd_terms` does for the contrast."""
     if pool > 1:
-        student, teacher = F.max_pool2d(student, pool), F.max_pool2d(teacher, pool)
+        student, teacher = (_pool(x, (pool, pool), None, whole=True) for x in (student, teacher))
     margin = patch_lse(
         student,
         teacher,

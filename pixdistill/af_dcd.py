@@ -97,7 +97,7 @@ def af_dcd_terms(
     gradient and that no map is cropped.
     """
     groups, patch, rule = _design(contrast, num_groups, patch_size, negatives)
-    pool = _pair_of(pool_size)
+    pool = (1, 1) if pool_size is None else check_pair("pool_size", pool_size)
     check_choice("ragged", ragged, RAGGED)
     check_choice("mimic_reduction", mimic_reduction, MIMIC_REDUCTIONS)
     check_map("student", student)
@@ -114,9 +114,10 @@ def af_dcd_terms(
     teacher = teacher.detach()
     mimic = _mimic(student, teacher, mimic_reduction, valid_mask)
     if pool != (1, 1):
-        student, teacher = (_pool(x, pool, valid_mask) for x in (student, teacher))
+        whole = ragged == "error"
+        student, teacher = (_pool(x, pool, valid_mask, whole) for x in (student, teacher))
         if valid_mask is not None:
-            valid_mask = _pool(valid_mask.float(), pool, None) > 0
+            valid_mask = _pool(valid_mask.float(), pool, None, whole) > 0
     margin = patch_lse(
         student,
         teacher,
@@ -188,7 +189,8 @@ class AfDCDLoss(nn.Module):
         check_count("teacher_channels", teacher_channels)
         groups, _, _ = _design(contrast, num_groups, patch_size, negatives)
         _check_groups("teacher", teacher_channels, groups)
-        _pair_of(pool_size)
+        if pool_size is not None:
+            check_pair("pool_size", pool_size)
         check_positive("temperature", temperature)
         check_choice("distance", distance, DISTANCES)
         check_choice("ragged", ragged, RAGGED)
@@ -317,10 +319,6 @@ def _design(
     return num_groups, (1, 1) if contrast == "channel" else patch, negatives
 
 
-def _pair_of(pool_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    return (1, 1) if pool_size is None else check_pair("pool_size", pool_size)
-
-
 def _check_groups(name: str, channels: int, groups: int) -> None:
     if channels % groups:
         raise ValueError(f"num_groups must divide the {name}'s {channels} channels; got {groups}")
@@ -343,8 +341,10 @@ def _mimic(student: Tensor, teacher: Tensor, reduction: str, valid_mask: Tensor 
     return total / max(channels * pixels, 1)
 
 
-def _pool(x: Tensor, pool: tuple[int, int], valid_mask: Tensor | None) -> Tensor:
-    """Maximum of each window over its valid pixels; the last windows may be partial."""
+def _pool(x: Tensor, pool: tuple[int, int], valid_mask: Tensor | None, whole: bool) -> Tensor:
+    """Maximum of each window over its valid pixels; the last windows may be partial unless `whole`."""
     if valid_mask is not None:
         x = x.masked_fill(~valid_mask.unsqueeze(1), -torch.inf)
+    if whole and not x.requires_grad:  # max_pool2d also seeks the places, which takes a CPU longer
+        return x.unflatten(-2, (-1, pool[0])).amax(-2).unflatten(-1, (-1, pool[1])).amax(-1)
     return F.max_pool2d(x, pool, ceil_mode=True)

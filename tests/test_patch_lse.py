@@ -1,6 +1,7 @@
 """`patch_lse` on every backend: values, gradients, properties, edges and the operator."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -158,6 +159,59 @@ def test_blocks_join_exactly(pairs, negatives, masked, monkeypatch):
         monkeypatch.setattr(tiled, "_CPU_BLOCK", pairs)
         assert_same(call("torch", student, teacher, distance=distance, **options), whole, 1e-13)
         monkeypatch.undo()
+
+
+ALWAYS, NEVER = 0, 2**62  # how many pairs there must be to one near pair
+
+
+@pytest.mark.parametrize("few", [ALWAYS, NEVER], ids=["near", "all"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_near_pairs_and_all_pairs_give_the_same(few, case, distance, masked, monkeypatch):
+    """In any block, with vectors that coincide with their positive or with a negative."""
+    shape, groups, patch = case
+    student, teacher = maps(*shape, dtype=torch.float64)
+    teacher[-1, :, -1, -1] = student[-1, :, 0, 0]
+    mask = some_mask(shape[0], *shape[2:]) if masked else None
+    for negatives, temperature, pairs in itertools.product(NEGATIVES, (0.05, 2.0), (20, 10**6)):
+        options = {"groups": groups, "patch": patch, "distance": distance, "valid_mask": mask}
+        options |= {"negatives": negatives, "temperature": temperature}
+        truth = differentiate(loops, student, teacher, **options)
+        monkeypatch.setattr(tiled, "_FEW", few)
+        monkeypatch.setattr(tiled, "_CPU_BLOCK", pairs)
+        assert_same(call("torch", student, teacher, **options), truth, 1e-13)
+        assert_same(call("torch", student.float(), teacher.float(), **options), truth)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("temperature", "form"), [(1e-2, "_near_sums"), (10.0, "_all_sums")])
+def test_the_form_follows_how_many_pairs_are_near(temperature, form, monkeypatch):
+    student, teacher = maps(2, 64, 4, 4)
+    options = {"groups": 8, "patch": (4, 4), "temperature": temperature}
+    expected = call("torch", student.double(), teacher.double(), **options)
+    original, called = getattr(tiled, form), []
+    monkeypatch.setattr(tiled, form, lambda *a: called.append(1) or original(*a))
+    assert_same(call("torch", student, teacher, **options), expected)
+    assert called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beyond", [0.999, 1.001])
+def test_what_is_not_near_is_lost_in_rounding(dtype, beyond, monkeypatch):
+    """The worst case: one negative at distance 1, and all others where nearness ends."""
+    monkeypatch.setattr(tiled, "_FEW", ALWAYS)
+    groups, temperature = 512, 0.25
+    reach = math.log(8 * groups / torch.finfo(dtype).eps)
+    teacher = torch.full((1, groups, 1, 1), 1 + beyond * reach * temperature, dtype=dtype)
+    teacher[0, :2] = torch.tensor([0.5, 1.0]).view(2, 1, 1)
+    student = torch.zeros_like(teacher)
+    options = {"groups": groups, "patch": (1, 1), "temperature": temperature}
+    margin = patch_lse(student, teacher, backend="torch", **options)[0, 0]
+    others = (groups - 2) * math.exp(-beyond * reach)
+    expected = (0.5 - 1.0) / temperature + math.log1p(others)
+    assert abs(margin.item() - expected) <= torch.finfo(dtype).eps * abs(expected)
+    assert others < torch.finfo(dtype).eps / 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

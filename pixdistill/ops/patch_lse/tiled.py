@@ -1,21 +1,29 @@
 """Blocked PyTorch form of `patch_lse`: some rows of some patches at a time, nothing kept of a block.
 
-It serves the CPU, float64, and vectors wider than the fused kernel takes.
+It serves the CPU, float64, and vectors wider than the fused kernel takes. At the usual temperatures few
+negatives are near enough to count beside the nearest: on a CPU, exponentials and slopes are then made
+of these pairs only, which changes the result by less than its rounding.
 """
 
+import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-# Numbers held of a block: 1 MiB of float32 stay in a CPU's cache; a GPU wants enough work a launch.
-_CPU_BLOCK = 2**18
+# Pairs of a block: their distances, 4 MiB of float32, stay in a CPU's last cache; a GPU wants more work.
+_CPU_BLOCK = 2**20
 _CUDA_BLOCK = 2**25
 
 # exp(-87) is the last normal number of float32: below it a CPU's exp is many times slower, and the
 # result too small to count beside the largest term of its row, which is 1. It becomes 0.
 _LOWEST, _NOTHING = -87.0, 2e-38
+
+# A negative that lies farther than the nearest by log(8 N / eps) temperatures is lost when N of them are
+# summed in this precision. Where at most one pair in so many is nearer, the sums are made from these.
+_FEW = 32
 
 Area = tuple[slice, slice, slice, slice]
 
@@ -84,34 +92,102 @@ def _contrast(
     grad = torch.zeros_like(s) if with_grad else None
     if vectors == alike:
         return margin, grad
-    kind = torch.arange(vectors, device=s.device) // alike
     order = 1.0 if distance == "l1" else 2.0
-    step = min(vectors, max(1, pairs // (patches * vectors)))
-    for start in range(0, vectors, step):
-        rows = slice(start, min(start + step, vectors))
-        length = torch.cdist(s[:, rows], t, p=order, compute_mode="donot_use_mm_for_euclid_dist")
-        weights = length * (-1.0 / temperature)  # the logits
-        weights.masked_fill_(kind[rows].unsqueeze(1) == kind, -torch.inf)
+    for rows in _row_blocks(vectors, alike, max(1, pairs // (patches * vectors))):
+        start, block = rows.start, s[:, rows]
+        length = torch.cdist(block, t, p=order, compute_mode="donot_use_mm_for_euclid_dist")
+        positive = length.diagonal(start, dim1=1, dim2=2).clone()
+        kinds = length.view(patches, -1, min(alike, block.shape[1]), vectors // alike, alike)
+        kinds.diagonal(start // alike, dim1=1, dim2=3).fill_(torch.inf)  # its own are no negatives
         if valid is not None:
-            weights.masked_fill_(~valid.unsqueeze(1), -torch.inf)
-        top = weights.amax(dim=2, keepdim=True)
-        torch.threshold_(weights.sub_(top).clamp_(min=_LOWEST).exp_(), _NOTHING, 0.0)
-        total = weights.sum(dim=2, keepdim=True)
-        positive = length.diagonal(start, dim1=1, dim2=2) / temperature
-        margin[:, rows] = (top + total.log()).squeeze(2) + positive
-        if grad is None:
-            continue
-        weights.div_(total.mul_(-temperature))
-        weights.diagonal(start, dim1=1, dim2=2).fill_(1.0 / temperature)
-        # sum_j weights_ij * slope(s_i - t_j): what autograd calls for the gradient of cdist
-        grad[:, rows] = torch.ops.aten._cdist_backward(weights, s[:, rows], t, order, length)
+            length.masked_fill_(~valid.unsqueeze(1), torch.inf)
+        nearest = length.amin(dim=2, keepdim=True)
+        sums = _all_sums
+        if not s.is_cuda:  # to look at a number would make a CUDA stream wait
+            reach = math.log(8 * vectors / torch.finfo(s.dtype).eps) * temperature
+            near = length <= nearest + reach
+            if int(near.count_nonzero()) * _FEW <= near.numel():
+                sums = partial(_near_sums, near)
+        total, mean = sums(block, t, length, nearest, temperature, order, with_grad)
+        margin[:, rows] = (positive - nearest.squeeze(2)) / temperature + total.log()
+        if grad is not None and mean is not None:
+            slope = _slope(block - t[:, rows], positive.unsqueeze(2), order)
+            grad[:, rows] = slope.sub_(mean).div_(temperature)
     if valid is not None:
-        of_kind = valid.view(patches, -1, alike).sum(dim=2)[:, kind]
+        of_kind = valid.view(patches, -1, alike).sum(dim=2).repeat_interleave(alike, dim=1)
         dead = ~valid | (of_kind == valid.sum(dim=1, keepdim=True))
         margin.masked_fill_(dead, -torch.inf)
         if grad is not None:
             grad.masked_fill_(dead.unsqueeze(2), 0.0)
     return margin, grad
+
+
+def _all_sums(
+    s: Tensor,
+    t: Tensor,
+    length: Tensor,
+    nearest: Tensor,
+    temperature: float,
+    order: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of exp((nearest - length) / tau) over the negatives, and their slopes' mean, so weighted.
+
+    Shapes: s `[P, R, D]`, t `[P, N, D]`, length `[P, R, N]`, nearest `[P, R, 1]`, sum `[P, R]`, mean
+    `[P, R, D]`.
+    """
+    weights = (nearest - length).div_(temperature).clamp_(min=_LOWEST).exp_()
+    torch.threshold_(weights, _NOTHING, 0.0)
+    total = weights.sum(dim=2, keepdim=True)
+    mean = None
+    if (
+        with_grad
+    ):  # sum_j weights_ij * slope(s_i - t_j): what autograd calls for the gradient of cdist
+        mean = torch.ops.aten._cdist_backward(weights.div_(total), s, t, order, length)
+    return total.squeeze(2), mean
+
+
+def _near_sums(
+    near: Tensor,
+    s: Tensor,
+    t: Tensor,
+    length: Tensor,
+    nearest: Tensor,
+    temperature: float,
+    order: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The same from the pairs that are `near` `[P, R, N]`, where these are few."""
+    patches, rows, vectors = near.shape
+    pair = near.flatten().nonzero().squeeze(1)
+    row = pair // vectors
+    length = length.flatten()[pair]
+    weights = (nearest.flatten()[row] - length).div_(temperature).exp_()
+    total = s.new_zeros(patches * rows).index_add_(0, row, weights)
+    mean = None
+    if with_grad:
+        column = row // rows * vectors + pair % vectors
+        slope = _slope(s.flatten(0, 1)[row] - t.flatten(0, 1)[column], length.unsqueeze(1), order)
+        slope.mul_((weights / total[row]).unsqueeze(1))
+        mean = torch.zeros_like(s).flatten(0, 1).index_add_(0, row, slope).view_as(s)
+    return total.view(patches, rows), mean
+
+
+def _slope(difference: Tensor, length: Tensor, order: float) -> Tensor:
+    """Gradient of the distance with respect to its first vector, zero at distance zero; in place."""
+    if order == 1.0:
+        return difference.sign_()
+    return difference.div_(length).masked_fill_(length == 0, 0.0)
+
+
+def _row_blocks(vectors: int, alike: int, most: int) -> Iterator[slice]:
+    """At most so many rows: of whole kinds, or, where these are larger, of one kind."""
+    whole = max(alike, most // alike * alike)
+    step = min(whole, most)
+    for start in range(0, vectors, whole):
+        stop = min(start + whole, vectors)
+        for first in range(start, stop, step):
+            yield slice(first, min(first + step, stop))
 
 
 def _areas(
