@@ -54,7 +54,7 @@ from matplotlib.patches import Patch
 from scipy import stats
 from torch import Tensor, nn
 
-from pixdistill import PixelContrastLoss, PixelQueue
+from pixdistill import AfDCDLoss, PixelContrastLoss, PixelQueue
 
 QUEUE_SIZE = 4096
 LOGIT_TEMPERATURE = 4.0
@@ -85,6 +85,28 @@ class LogitMatching(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
         """Weigh the mean squared difference as the masked one."""
         return MASKED_WEIGHT * F.mse_loss(student.logits, teacher.logits)
+
+
+class PatchContrast(nn.Module):
+    """Af-DCD between the student's features and the teacher's."""
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        self.loss = AfDCDLoss(
+            student_channels,
+            teacher_channels,
+            num_groups=8,
+            pool_size=2,
+            temperature=1.0,
+            mask_ratio=0.25,
+            mimic_reduction="mean",
+            mimic_weight=0.05,
+            contrast_weight=0.05,
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """The loss aligns the channels itself."""
+        return self.loss(student.features, teacher.features)
 
 
 class WithLogits(nn.Module):
@@ -129,6 +151,7 @@ LOSSES: dict[str, Callable[[Bench, FCN, int], Builder]] = {
     "pcd-queue": partial(pixel_contrast, queued=True),
     "maskd": masked_logits,
     "mse": lambda *_: lambda _: LogitMatching(),
+    "af_dcd": lambda _, teacher, __: partial(PatchContrast, teacher_channels=teacher.channels),
 }
 
 
