@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urlsplit
 
-from playwright.sync_api import Page, Route, sync_playwright
+from playwright.sync_api import Page, Route, TimeoutError, sync_playwright
 from tqdm import tqdm
 
 VIEWS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,8 @@ def look(page: Page, address: str, picture: Path) -> tuple[list[str], dict[str, 
 
     page.on("console", on_console)
     page.on("pageerror", on_error)
-    page.goto(address, wait_until="networkidle")
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
     seen = page.evaluate(LOOK)
     page.screenshot(path=picture, full_page=True, animations="disabled")
     page.remove_listener("console", on_console)
@@ -103,8 +104,10 @@ def dead_links(root: str, folder: Path, seen: dict[str, dict[str, Any]]) -> Iter
 def empty_searches(page: Page, root: str, words: Sequence[str]) -> Iterator[str]:
     """Words that the search of the site does not find."""
     for word in words:
-        page.goto(f"{root}search.html?q={quote(word)}", wait_until="networkidle")
-        if page.locator("#search-results li").count() == 0:
+        page.goto(f"{root}search.html?q={quote(word)}")
+        try:
+            page.wait_for_selector("#search-results li")
+        except TimeoutError:
             yield f"search: nothing for {word!r}"
 
 
