@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the path and draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     default = Path(__file__).resolve().parents[1] / "overview.png"
-    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--output", type=Path, default=default, help="where the PNG goes")
     draw(parser.parse_args(argv).output)
 
 
