@@ -108,8 +108,8 @@ def draw_top(axis: Axes) -> None:
         frame(axis, here, INK, 1.4)
     axis.text(head[0] + 17, head[1] + 46, "head", color=INK, fontsize=11.5, va="center")
     title(axis, 10, 370, "MHSAPlugin", "each of its pixels sees", "all the others", number=1)
-    words = ("the teacher's vector head,", "on every pixel")
-    title(axis, 240, 370, "SpatialAdaptor", *words, number=2)
+    lines = ("the teacher's vector head,", "on every pixel")
+    title(axis, 240, 370, "SpatialAdaptor", *lines, number=2)
 
 
 def draw_losses(axis: Axes) -> None:
@@ -158,9 +158,12 @@ def draw_losses(axis: Axes) -> None:
     words = ("a student with most pixels hidden is", "rebuilt, and contrasted inside patches")
     title(axis, 204, 110, "AfDCDLoss", *words, "of pixels and channel groups", number=5)
 
-    for left, colour, words in ((10, POSITIVE, "pulled together"), (130, NEGATIVE, "pushed apart")):
+    for left, colour, meaning in (
+        (10, POSITIVE, "pulled together"),
+        (130, NEGATIVE, "pushed apart"),
+    ):
         frame(axis, (left, 12, 10), colour, 2)
-        axis.text(left + 16, 17, words, color=GREY, fontsize=11.5, va="center")
+        axis.text(left + 16, 17, meaning, color=GREY, fontsize=11.5, va="center")
 
 
 def draw(path: Path) -> None:
