@@ -30,6 +30,7 @@ VIEWS: dict[str, dict[str, Any]] = {
     "phone": {"viewport": {"width": 390, "height": 844}},
 }
 SEARCHES = ("PixelQueue", "temperature")
+TIMEOUT = 120_000  # milliseconds: a busy machine is no fault of a page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # What a page shows of itself. Formulas that MathJax has not replaced are bare text, or an error.
@@ -67,8 +68,9 @@ def look(page: Page, address: str, picture: Path) -> tuple[list[str], dict[str, 
     problems: list[str] = []
 
     def on_console(message: Any) -> None:
-        if message.type == "error":
-            problems.append(f"console: {message.text} {message.location.get('url', '')}")
+        source = message.location.get("url", "")
+        if message.type == "error" and not source.endswith("/favicon.ico"):  # no page asks for it
+            problems.append(f"console: {message.text} {source}")
 
     def on_error(error: Any) -> None:
         problems.append(f"error: {error}")
@@ -121,6 +123,7 @@ def survey(folder: Path, output: Path, browser: str, npm: Path | None) -> list[s
         for view, options in VIEWS.items():
             (output / view).mkdir(parents=True, exist_ok=True)
             page = chromium.new_page(**options)
+            page.set_default_timeout(TIMEOUT)
             if npm is not None:
                 page.route(re.compile(r"^https://[^/]+/npm/"), functools.partial(_from_npm, npm))
             seen = {}
