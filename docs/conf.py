@@ -40,6 +40,9 @@ python_maximum_signature_line_length = 88
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", (None, "torch.inv"))}
 intersphinx_timeout = 10
 
+# A formula that is wider than a phone continues on the next line.
+mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
+
 html_theme = "furo"
 html_title = f"pixdistill {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

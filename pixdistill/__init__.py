@@ -17,4 +17,4 @@ from .spatial_adaptor import PixelHead as PixelHead
 from .spatial_adaptor import SpatialAdaptor as SpatialAdaptor
 from .spatial_adaptor import tokens_to_map as tokens_to_map
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -22,8 +22,8 @@ ANCHOR = (1, 1, 2)  # group, row and column of the student vector that is looked
 DESIGNS = {
     "spatial": {"contrast": "spatial"},
     "channel": {"contrast": "channel"},
-    'omni, negatives="other_groups"': {"contrast": "omni"},
-    'omni, negatives="all_others"': {"contrast": "omni", "negatives": "all_others"},
+    'omni,\nnegatives=\n"other_groups"': {"contrast": "omni"},
+    'omni,\nnegatives=\n"all_others"': {"contrast": "omni", "negatives": "all_others"},
 }
 COLOURS = ("#eeeeee", "#d1495b", "#2e7d32")
 NAMES = ("takes no part", "negative", "positive")
@@ -67,7 +67,7 @@ def roles(design: dict[str, str]) -> Tensor:
 
 def draw(path: Path) -> None:
     """A row of patches a design, a square a channel group of the patch."""
-    figure = Figure(figsize=(8.4, 8.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 7.2), layout="constrained")
     grid = figure.subplots(len(DESIGNS), GROUPS, squeeze=False)
     for axes, (title, design) in zip(grid, DESIGNS.items(), strict=True):
         found = roles(design)
@@ -77,20 +77,20 @@ def draw(path: Path) -> None:
             axis.set_yticks([y - 0.5 for y in range(1, SIZE)], [])
             axis.grid(color="white", linewidth=2)
             axis.tick_params(length=0)
-            axis.set_title(f"channel group {group + 1}", fontsize=8)
+            axis.set_title(f"group {group + 1}", fontsize=10)
             if design["contrast"] == "spatial" or group == ANCHOR[0]:
                 axis.plot(ANCHOR[2], ANCHOR[1], marker="o", color="white", markersize=9)
-        axes[0].set_ylabel(title, fontsize=8)
+        axes[0].set_ylabel(title, fontsize=10)
     handles = [Patch(color=c, label=n) for c, n in zip(COLOURS, NAMES, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the path and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = Path(__file__).resolve().parents[1] / "af_dcd_pairs.png"
-    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--output", type=Path, default=default, help="where the PNG goes")
     draw(parser.parse_args(argv).output)
 
 

@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=600, help="steps of a student (default: 600)")
     add("--num-tokens", type=int, default=NUM_TOKENS, help=f"masks to learn ({NUM_TOKENS})")
     add("--test-scenes", type=int, default=256, help="scenes to score on (default: 256)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="default: CUDA where there is one")
     add("--masks", type=Path, default=Path("masks.pth"), help="where the tokens go")
     add("--output", type=Path, default=Path("learn_masks.png"), help="where the PNG goes")
     options = parser.parse_args(argv)

@@ -1,0 +1,198 @@
+"""What the pages say: examples that run, commands that exist, figures that were measured.
+
+`test_package.py` runs the programs of the pages; `test_trainers.py` those of "In your trainer".
+"""
+
+import doctest
+import importlib
+import json
+import re
+import shlex
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+from helpers import ROOT, run
+
+import pixdistill
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = {"pip", "pytest", "sphinx", "build", "twine", "coverage", "venv"}
+"""Modules of others that pages call by `python -m`."""
+THEIRS = {"train.py"}
+"""Files of the reader's."""
+
+
+def documented_modules() -> list[str]:
+    """Every module whose import needs neither a GPU's compiler nor a command line."""
+    files = (ROOT / "pixdistill").rglob("*.py")
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    return sorted(n for n in names if not n.endswith((".triton_kernels", ".__main__", ".__init__")))
+
+
+def test_examples_in_docstrings_run():
+    tried = 0
+    for name in (*documented_modules(), "pixdistill.ops.row_lse", "pixdistill.ops.patch_lse"):
+        module = importlib.import_module(name)
+        names = {"torch": torch, "nn": torch.nn} | vars(pixdistill) | vars(module)
+        for case in doctest.DocTestFinder().find(module, name, globs=names):
+            result = doctest.DocTestRunner().run(case)
+            assert result.failed == 0, case.name
+            tried += result.attempted > 0
+    assert tried >= 8
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command on a page: lines of `text` blocks, and code that begins as one."""
+    blocks = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = []
+    for part in (part.strip() for line in lines for part in line.split("&&")):
+        if re.match(r"\w+\.py --", part):  # an example by its name alone
+            part = f"python {'' if part.split()[0] in THEIRS else 'docs/examples/'}{part}"
+        if re.match(r"([A-Z_]+=\S+ )*(python|torchrun|bash|ruff) ", part):
+            words = shlex.split(part, comments=True)
+            found.append([word for word in words if not re.match(r"[A-Z_]+=", word)])
+    return found
+
+
+def sources_of(words: list[str]) -> str:
+    """The code that reads a command's options; empty for a tool of others."""
+    if words[1:3] == ["-m", "benchmarks"]:
+        names = [*words[3:4], "report"] if len(words) > 3 and words[3].isidentifier() else ["*"]
+        files = [
+            file for name in names for file in (ROOT / "benchmarks").glob(f"{name.lower()}.py")
+        ]
+        assert len(files) >= len(names) or words[3].isupper(), words
+        return "".join(file.read_text() for file in files)
+    if words[1] == "-m":
+        assert words[2] in TOOLS or find_spec(words[2]), words
+        return ""
+    if not words[1].endswith(".py") or words[1] in THEIRS:
+        return ""
+    assert (ROOT / words[1]).is_file(), words
+    return (ROOT / words[1]).read_text()
+
+
+def extras() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    return set(re.findall(r"^(\w+) = \[", text.partition("\n[")[0], flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_the_pages_exist(page):
+    text = page.read_text()
+    for words in commands(text):
+        source = sources_of(words)
+        for word in words[2:]:
+            option = word.partition("=")[0]
+            if source and option.startswith("--") and option != "--help":
+                assert f'"{option}"' in source, words
+            if re.fullmatch(r"\.\[[\w,]+\]", word):
+                assert set(word[2:-1].split(",")) <= extras(), words
+            if word.startswith(("tests/", "docs/")) and "_build" not in word:
+                assert (ROOT / word).exists(), words
+        if "-c" in words[2:] and "pip" in words:
+            assert (ROOT / words[words.index("-c") + 1]).is_file(), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_options_that_the_prose_names_exist(page):
+    programs = [*(ROOT / "docs").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    known = "".join(program.read_text() for program in programs)
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`([^`\n]+)`", prose):
+        for path in re.findall(r"\b(?:docs|tests|benchmarks|pixdistill)/[\w./]+\w", code):
+            made = "example_loss" in path or "_build" in path
+            assert made or (ROOT / path).exists(), path
+        if code.startswith("--") and code != "--help":
+            assert f'"{code.split()[0]}"' in known, code
+    for target in re.findall(r"\]\(([^)#:]+)\)|\]: (?!https)(\S+)|src=\"([^\"]+)\"", prose):
+        assert (page.parent / next(filter(None, target))).exists(), target
+
+
+def test_every_name_is_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    public = [name for name, value in vars(pixdistill).items() if callable(value)]
+    assert {"PixelQueue", "plug"} <= set(public)
+    for name in public:
+        assert name.startswith("_") or f"pixdistill.{name}\n" in page, name
+
+
+FIGURES = {
+    "`row_lse`, 8192 x 8192 vectors of 128": (
+        "row_lse",
+        {"N": 8192, "D": 128},
+        ("plain torch", "ours: torch"),
+    ),
+    "`row_lse`, 6272 x 65536 of 256": (
+        "row_lse",
+        {"N": 6272, "D": 256},
+        ("plain torch", "ours: torch"),
+    ),
+    "masked loss": ("maskd", {"H": 100, "B": 2}, ("materialising", "ours")),
+    "patch contrast": ("af_dcd", {"part": "contrast", "pool": 2}, ("plain", "ours: torch")),
+    "whole `AfDCDLoss`": ("af_dcd", {"part": "loss", "pool": 4}, ("plain", "ours: torch")),
+}
+"""Rows of README's table: how they begin, and which records of which file they show."""
+
+
+@pytest.mark.parametrize("row", FIGURES)
+def test_readme_shows_what_was_measured(row):
+    file, sizes, providers = FIGURES[row]
+    results = ROOT / "benchmarks" / "results" / f"{file}_cpu_float32.json"
+    records = json.loads(results.read_text())["records"]
+    (line,) = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(f"| {row}")]
+    for cell, provider in zip(line.split(" | ")[1:3], providers, strict=True):
+        wanted = sizes | {"provider": provider}
+        (record,) = [r for r in records if wanted.items() <= r.items()]
+        mib = record["extra_bytes"] / 2**20
+        size = f"{mib:.0f}" if mib >= 10 else f"{mib:.1f}"
+        assert cell == f"{record['seconds']:.3g} s, {size} MiB", provider
+
+
+def test_the_overview_is_drawn(tmp_path):
+    picture = tmp_path / "overview.png"
+    run("docs/examples/draw_overview.py", "--output", str(picture))
+    assert picture.stat().st_size > 50_000
+
+
+GOOD = '<html><body><a href="other.html#there">x</a><img src="p.png" width="9"></body></html>'
+FAULTY = {
+    "wide": ('<div style="width:3000px">x</div>', "wider than the window"),
+    "picture": ('<img src="gone.png">', "no picture"),
+    "console": ("<script>console.error('oh')</script>", "console: oh"),
+    "raises": ("<script>throw Error('oh')</script>", "error: "),
+    "file": ('<a href="gone.html">x</a>', "no file for gone.html"),
+    "anchor": ('<a href="other.html#gone">x</a>', "no anchor for other.html#gone"),
+    "formula": ('<span class="math">\\(x\\)</span>', "formulas not set"),
+}
+
+
+@pytest.mark.skipif(
+    find_spec("playwright") is None or not any(map(shutil.which, ("chromium", "google-chrome"))),
+    reason='needs Chromium, and pip install ".[site]"',
+)
+def test_the_look_at_the_pages_finds_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    screenshots = importlib.import_module("screenshots")
+    site = tmp_path / "site"
+    site.mkdir()
+    shutil.copy(ROOT / "docs" / "overview.png", site / "p.png")
+    (site / "index.html").write_text(GOOD)
+    (site / "other.html").write_text('<html><body><p id="there">x</p></body></html>')
+    assert screenshots.main([str(site), str(tmp_path / "good")]) == 0
+    for view in screenshots.VIEWS:
+        assert (tmp_path / "good" / view / "index.png").stat().st_size > 0
+    for name, (body, _) in FAULTY.items():
+        (site / f"{name}.html").write_text(f"<html><body>{body}</body></html>")
+    browser = next(filter(None, map(shutil.which, screenshots.BROWSERS)))
+    problems = screenshots.survey(site, tmp_path / "faulty", browser, None)
+    for name, (_, message) in FAULTY.items():
+        assert any(p.startswith(f"{name}.html") and message in p for p in problems), (
+            name,
+            problems,
+        )
+    assert not any(p.startswith(("index.html", "other.html")) for p in problems), problems
