@@ -147,9 +147,9 @@ def torch_linear(query: Tensor, problem: Problem) -> Tensor:
 def inf_cl(query: Tensor, problem: Problem) -> Tensor:
     from inf_cl import cal_flash_loss
 
-    width = query.shape[1]
-    options = {"scale": problem.scale, "head_dim": width}
-    return cal_flash_loss(query, problem.keys, problem.target, **options).mean()
+    width = min(query.shape[1], 256)  # wider vectors are taken in parts of its widest
+    losses = cal_flash_loss(query, problem.keys, problem.target, problem.scale, head_dim=width)
+    return losses.mean()
 
 
 def cut_cross_entropy(**options: Any) -> LossOf:
