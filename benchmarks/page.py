@@ -20,7 +20,7 @@ Records = list[dict[str, Any]]
 # Why a peer can be faster; true whatever the figures are. They stand only beside figures that show it.
 REASONS = {
     "plain torch": "two large products and no loop over blocks: less to start where the logits are few",
-    "plain torch, autocast": "products in bfloat16; see its error",
+    "plain torch, autocast": "no loop over blocks, and products in bfloat16; see its error",
     "plain torch, compiled": "two large products, the passes between them fused into few",
     "checkpointed chunks": "large products over chunks of rows, nothing else to start",
     "attention, CPU flash": "one compiled loop holds both products of a block and its exponentials, and "
@@ -63,7 +63,8 @@ gives what it said where it does not run. What is particular about each:
 SCALING = """
 The model adds $4NMD$ operations over the measured rate of a large square product, and the bytes moved
 over the measured bandwidth of a copy. Nothing in it is fitted to the points. It leaves out exponentials
-and launches, so it is a floor, and "measured / model" says how far above it the loss is.
+and launches, and takes every byte from memory, as if the small sizes were not in a cache. "Measured /
+model" is the time over that.
 """
 
 RING = """

@@ -181,10 +181,13 @@ def _row(record: dict[str, Any]) -> dict[str, str]:
     return row | {"TFLOP/s": report.tflops(record)} | report.cells(record)
 
 
-def colour(name: str) -> str:
+def colour(name: str) -> Any:
     """The same for a provider in every plot; ours stand out."""
-    names = [n for n in PROVIDERS if not n.startswith("ours")]
-    return "black" if name.startswith("ours") else f"C{names.index(name) % 10}"
+    import matplotlib
+
+    if name.startswith("ours"):
+        return "black" if name == "ours: torch" else "dimgrey"
+    return matplotlib.colormaps["tab20"](list(PROVIDERS).index(name))
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The model of the time adds the operations over the measured rate of a large matrix product and the
 bytes over the measured bandwidth of a copy. It has nothing fitted to the points, and leaves out the
-exponentials and all launches, so it is a floor. From it, a second table says what the loss of a whole
+exponentials, all launches and all caches. From it, a second table says what the loss of a whole
 cluster's batch would cost with `gather_mode="ring"`: a model, not a measurement.
 """
 
@@ -138,7 +138,7 @@ def _measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
             fits = PROVIDERS[name].holds(size, size) <= limit
             left = end - time.perf_counter()
             # four times the pairs, in a warm-up, a timed run and one for the memory
-            if not fits or 3 * 4 * spent[name] > left:
+            if not fits or 3 * 4 * spent[name] > max(0.0, left):
                 spent[name] = math.inf
                 continue
             problem = Problem.random(size, size, width, report.DTYPES[dtype], device)
@@ -244,15 +244,19 @@ def ring_rows(rows: list[dict[str, float]]) -> list[dict[str, str]]:
         {
             "ranks": f"{row['ranks']}",
             "pixels in all": f"{row['pixels']}",
-            "seconds a step": f"{row['seconds']:.3g}",
-            "of it waiting for the link": f"{row['waiting']:.2g}",
+            "seconds a step": _short(row["seconds"]),
+            "of it waiting for the link": _short(row["waiting"]),
             "sent by a rank, MiB": f"{row['sent_bytes'] / 2**20:.0f}",
             "keys held, ring, MiB": f"{row['ring_bytes'] / 2**20:.0f}",
             "keys held, all at once, MiB": f"{row['all_bytes'] / 2**20:.0f}",
-            "one matrix of logits, GiB": f"{row['dense_bytes'] / 2**30:.3g}",
+            "one matrix of logits, GiB": _short(row["dense_bytes"] / 2**30),
         }
         for row in rows
     ]
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _resident_rise(name: str, size: str, width: str, dtype: str) -> int:
