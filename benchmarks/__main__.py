@@ -1,10 +1,21 @@
-"""`python -m benchmarks row_lse | maskd | af_dcd | kernels`: see each command's `--help`."""
+"""`python -m benchmarks row_lse | peers | scaling | maskd | af_dcd | kernels | page`.
+
+Each command has its own `--help`.
+"""
 
 import argparse
 
-from . import af_dcd, kernels, maskd, row_lse
+from . import af_dcd, kernels, maskd, page, peers, row_lse, scaling
 
-COMMANDS = {"row_lse": row_lse, "maskd": maskd, "af_dcd": af_dcd, "kernels": kernels}
+COMMANDS = {
+    "row_lse": row_lse,
+    "peers": peers,
+    "scaling": scaling,
+    "maskd": maskd,
+    "af_dcd": af_dcd,
+    "kernels": kernels,
+    "page": page,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -178,10 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
         for case in cases:
             records += _measure(case, dtype, device, arguments.rounds, bar)
     print(report.table([_row(record) for record in records]))
-    for line in dict.fromkeys(
-        f"skipped {r['provider']}: {r['skipped']}" for r in records if "skipped" in r
-    ):
-        print(line)
+    print("\n".join(report.skips(records)))
     path = report.save(f"af_dcd_{device}_{dtype}", records, device, arguments.output)
     plot(records, path.with_suffix(".png"))
     print(
@@ -212,29 +209,16 @@ def _measure(case: Case, dtype: str, device: str, rounds: int, bar: Any) -> list
             continue
         runs[name] = functools.partial(provider, problem)
         runs[name]()  # warm up
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):  # interleaved, so that a slow moment of the machine hits all alike
-        for name, one_run in runs.items():
-            times[name].append(report.seconds(one_run, device))
+    times = report.interleaved(runs, rounds, device)
     truth = _truth(problem)
     for name, one_run in runs.items():
         bar.set_description(f"{case} {name}: memory and error")
-        loss, grad = one_run()
         command = ["af_dcd", "--measure-memory", name, dtype, *map(str, case)]
         ratios = [p / t for p, t in zip(times.get("plain", []), times[name], strict=False)]
-        records.append(
-            {
-                **base,
-                "provider": name,
-                "seconds": statistics.median(times[name]),
-                "fastest": min(times[name]),
-                "slowest": max(times[name]),
-                "speedup": statistics.median(ratios) if ratios else None,
-                "extra_bytes": report.extra_memory(one_run, device, command),
-                "loss_error": float((loss - truth[0]).abs() / truth[0].abs()),
-                "grad_error": float((grad - truth[1]).norm() / truth[1].norm()),
-            }
-        )
+        record = {**base, "provider": name, **report.spread(times[name])}
+        record["speedup"] = statistics.median(ratios) if ratios else None
+        record["extra_bytes"] = report.extra_memory(one_run, device, command)
+        records.append(record | report.errors(one_run(), truth))
         bar.update()
     return records
 
@@ -261,16 +245,9 @@ def _resident_rise(name: str, dtype: str, case: Case) -> int:
 
 def _row(record: dict[str, Any]) -> dict[str, str]:
     row = {column: f"{record[column]}" for column in (*COLUMNS, "provider")}
-    if "skipped" in record:
-        return row | dict.fromkeys(
-            ("seconds", "spread", "plain / this", "extra MiB", "loss", "gradient"), "-"
-        )
-    row["seconds"] = f"{record['seconds']:.4g}"
-    row["spread"] = f"{record['fastest']:.4g} to {record['slowest']:.4g}"
-    row["plain / this"] = "-" if record["speedup"] is None else f"{record['speedup']:.2f}"
-    row["extra MiB"] = f"{record['extra_bytes'] / 2**20:.1f}"
-    row["loss"], row["gradient"] = f"{record['loss_error']:.1e}", f"{record['grad_error']:.1e}"
-    return row
+    speedup = record.get("speedup")
+    row["plain / this"] = "-" if speedup is None else f"{speedup:.2f}"
+    return row | report.cells(record)
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:

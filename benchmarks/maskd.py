@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import shutil
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,30 +198,16 @@ def _measure(
         bar.set_description(f"{case} {name}: warm up")
         one_run()
         one_run()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):  # interleaved, so that a slow moment of the machine hits all alike
-        for name, one_run in runs.items():
-            times[name].append(report.seconds(one_run, device))
+    times = report.interleaved(runs, rounds, device)
     truth = _truth(problem)
     records = []
     for name, one_run in runs.items():
         bar.set_description(f"{case} {name}: memory and error")
-        loss, grad = one_run()
-        exact = name != "one read"
         command = ["maskd", "--measure-memory", name, dtype, *map(str, case)]
-        records.append(
-            {
-                **dict(zip(COLUMNS, case, strict=True)),
-                "dtype": dtype,
-                "provider": name,
-                "seconds": statistics.median(times[name]),
-                "fastest": min(times[name]),
-                "slowest": max(times[name]),
-                "extra_bytes": report.extra_memory(one_run, device, command),
-                "loss_error": float((loss - truth[0]).abs() / truth[0].abs()) if exact else None,
-                "grad_error": float((grad - truth[1]).norm() / truth[1].norm()) if exact else None,
-            }
-        )
+        record = dict(zip(COLUMNS, case, strict=True)) | {"dtype": dtype, "provider": name}
+        record |= report.spread(times[name])
+        record["extra_bytes"] = report.extra_memory(one_run, device, command)
+        records.append(record | report.errors(one_run(), None if name == "one read" else truth))
         bar.update()
     return records
 
@@ -249,12 +234,7 @@ def _resident_rise(name: str, dtype: str, case: Case) -> int:
 
 def _row(record: dict[str, Any]) -> dict[str, str]:
     row = {column: f"{record[column]}" for column in (*COLUMNS, "provider")}
-    row["seconds"] = f"{record['seconds']:.4g}"
-    row["spread"] = f"{record['fastest']:.4g} to {record['slowest']:.4g}"
-    row["extra MiB"] = f"{record['extra_bytes'] / 2**20:.1f}"
-    for column, key in (("loss", "loss_error"), ("gradient", "grad_error")):
-        row[column] = "-" if record[key] is None else f"{record[key]:.1e}"
-    return row
+    return row | report.cells(record)
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:

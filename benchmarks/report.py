@@ -7,16 +7,19 @@ the allocator's, on a CPU the rise of the resident set in a fresh process of its
 import argparse
 import ctypes
 import json
+import math
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import pixdistill
 
@@ -55,8 +58,14 @@ def extra_memory(run: Callable[[], object], device: str, command: list[str]) -> 
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return fresh_process(command)[0]
+
+
+def fresh_process(command: list[str]) -> list[int]:
+    """The numbers that `python -m benchmarks <command>` prints last, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks", *command]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(word) for word in done.stdout.splitlines()[-1].split()]
 
 
 def resident_rise(run: Callable[[], object]) -> int:
@@ -76,6 +85,68 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str, patience: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns so that a slow moment of the machine hits all alike.
+
+    A run that has used up `patience` seconds sits out the rounds that are left, after two at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name, one_run in runs.items():
+            if number < 2 or sum(times[name]) < patience:
+                times[name].append(seconds(one_run, device))
+    return times
+
+
+def spread(times: list[float]) -> dict[str, Any]:
+    """What a record keeps of the times."""
+    fastest, slowest = min(times), max(times)
+    return {"seconds": statistics.median(times), "fastest": fastest, "slowest": slowest}
+
+
+def errors(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """Relative errors of the loss, and of the gradient in the Frobenius norm; None without a truth."""
+    if truth is None:
+        return {"loss_error": None, "grad_error": None}
+    (loss, grad), (true_loss, true_grad) = result, truth
+    return {
+        "loss_error": float((loss.double() - true_loss).abs() / true_loss.abs()),
+        "grad_error": float((grad.double() - true_grad).norm() / true_grad.norm()),
+    }
+
+
+def cells(record: dict[str, Any]) -> dict[str, str]:
+    """The columns of a table that all measurements share; dashes for what was skipped."""
+    names = ("seconds", "spread", "extra MiB", "loss", "gradient")
+    if "skipped" in record:
+        return dict.fromkeys(names, "-")
+    values = [
+        f"{record['seconds']:.4g}",
+        f"{record['fastest']:.4g} to {record['slowest']:.4g}",
+        f"{record['extra_bytes'] / 2**20:.1f}",
+        *(
+            "-" if record[key] is None else f"{record[key]:.1e}"
+            for key in ("loss_error", "grad_error")
+        ),
+    ]
+    return dict(zip(names, values, strict=True))
+
+
+def tflops(record: dict[str, Any]) -> str:
+    """4 N M D operations over the time."""
+    if "skipped" in record:
+        return "-"
+    return f"{4 * record['N'] * record['M'] * record['D'] / record['seconds'] / 1e12:.3g}"
+
+
+def skips(records: list[dict[str, Any]]) -> list[str]:
+    """One line for each provider and reason."""
+    lines = (f"skipped {r['provider']}: {r['skipped']}" for r in records if "skipped" in r)
+    return list(dict.fromkeys(lines))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table with aligned columns."""
     columns = list(rows[0])
@@ -89,11 +160,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def save(name: str, records: list[dict[str, Any]], device: str, folder: Path) -> Path:
+def save(name: str, records: list[dict[str, Any]], device: str, folder: Path, **more: Any) -> Path:
     """Write `<folder>/<name>.json` with the machine, the versions and the records."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(device), "records": records}, indent=1) + "\n")
+    content = {"machine": machine(device), **more, "records": records}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
@@ -105,11 +177,12 @@ def machine(device: str) -> dict[str, Any]:
         facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30)}
         facts |= {"cuda": torch.version.cuda}
     facts |= {"python": platform.python_version(), "system": platform.system()}
-    facts |= {package: _version(package) for package in ("torch", "triton")}
+    facts |= {package: version(package) for package in ("torch", "triton")}
     return facts | {"pixdistill": pixdistill.__version__}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -8,7 +8,6 @@ rise of the resident peak in a fresh process of its own, on CUDA the allocator's
 import argparse
 import functools
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,10 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         for size in sizes:
             records += _measure(size, name, device, arguments.rounds, bar)
     print(report.table([_row(record) for record in records]))
-    for line in dict.fromkeys(
-        f"skipped {r['provider']}: {r['skipped']}" for r in records if "skipped" in r
-    ):
-        print(line)
+    print("\n".join(report.skips(records)))
     stem = f"row_lse_{device}_{name}"
     path = report.save(stem, records, device, arguments.output)
     plot(records, path.with_suffix(".png"))
@@ -201,35 +197,15 @@ def _measure(
             continue
         running[name] = provider
         provider(problem)  # warm up
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):  # interleaved, so that a slow moment of the machine hits all alike
-        for name, provider in running.items():
-            times[name].append(report.seconds(functools.partial(provider, problem), device))
+    runs = {name: functools.partial(provider, problem) for name, provider in running.items()}
+    times = report.interleaved(runs, rounds, device)
     truth = _truth(problem)
-    for name, provider in running.items():
+    for name, one_run in runs.items():
         bar.set_description(f"{rows} x {columns} x {width} {name}: memory and error")
-        loss, grad = provider(problem)
-        exact = name != "two products"
-        records.append(
-            {
-                **base,
-                "provider": name,
-                "seconds": statistics.median(times[name]),
-                "fastest": min(times[name]),
-                "slowest": max(times[name]),
-                "extra_bytes": report.extra_memory(
-                    functools.partial(provider, problem),
-                    device,
-                    ["row_lse", "--measure-memory", name, *map(str, size), dtype],
-                ),
-                "loss_error": float((loss.double() - truth[0]).abs() / truth[0].abs())
-                if exact
-                else None,
-                "grad_error": float((grad.double() - truth[1]).norm() / truth[1].norm())
-                if exact
-                else None,
-            }
-        )
+        command = ["row_lse", "--measure-memory", name, *map(str, size), dtype]
+        record = {**base, "provider": name, **report.spread(times[name])}
+        record["extra_bytes"] = report.extra_memory(one_run, device, command)
+        records.append(record | report.errors(one_run(), None if name == "two products" else truth))
         bar.update()
     return records
 
@@ -264,19 +240,8 @@ def _resident_rise(name: str, rows: str, columns: str, width: str, dtype: str) -
 
 def _row(record: dict[str, Any]) -> dict[str, str]:
     row = {"N": f"{record['N']}", "M": f"{record['M']}", "D": f"{record['D']}"}
-    row["provider"] = record["provider"]
-    if "skipped" in record:
-        return row | dict.fromkeys(
-            ("seconds", "spread", "TFLOP/s", "extra MiB", "loss", "gradient"), "-"
-        )
-    operations = 4 * record["N"] * record["M"] * record["D"]
-    row["seconds"] = f"{record['seconds']:.4g}"
-    row["spread"] = f"{record['fastest']:.4g} to {record['slowest']:.4g}"
-    row["TFLOP/s"] = f"{operations / record['seconds'] / 1e12:.3g}"
-    row["extra MiB"] = f"{record['extra_bytes'] / 2**20:.1f}"
-    for column, key in (("loss", "loss_error"), ("gradient", "grad_error")):
-        row[column] = "-" if record[key] is None else f"{record[key]:.1e}"
-    return row
+    row |= {"provider": record["provider"], "TFLOP/s": report.tflops(record)}
+    return row | report.cells(record)
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
