@@ -91,8 +91,7 @@ class Copy:
         late = pid == 0 and seconds > limit
         if pid == 0 and not late:
             return None
-        with contextlib.suppress(ProcessLookupError):  # ranks of a distributed test may be left
-            os.killpg(self.pid, signal.SIGKILL)
+        self.kill()  # ranks of a distributed test may be left
         if late:
             os.waitpid(self.pid, 0)
         job, self.job = self.job, None
@@ -102,6 +101,11 @@ class Copy:
         by = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR tests"))]
         outcome = "timed out" if late else _outcome(os.waitstatus_to_exitcode(status))
         return Record(job, outcome, by[0] if by else "", "\n".join(lines[-20:]))
+
+    def kill(self) -> None:
+        """End the tests, with all processes that they have started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def _run_tests(folder: Path, log: Path, tests: str) -> NoReturn:
@@ -137,15 +141,18 @@ def _outcome(code: int) -> str:
 def run(jobs: Sequence[Job], copies: Sequence[Copy], limit: float) -> Iterator[Record]:
     """All jobs, as many at a time as there are copies; in the order in which they end."""
     waiting = list(reversed(jobs))
-    while waiting or any(copy.job for copy in copies):
+    try:
+        while waiting or any(copy.job for copy in copies):
+            for copy in copies:
+                if copy.job is not None and (record := copy.poll(limit)) is not None:
+                    yield record
+                if copy.job is None and waiting:
+                    copy.start(waiting.pop())
+            time.sleep(0.02)
+    finally:  # interrupted
         for copy in copies:
             if copy.job is not None:
-                record = copy.poll(limit)
-                if record is not None:
-                    yield record
-            if copy.job is None and waiting:
-                copy.start(waiting.pop())
-        time.sleep(0.02)
+                copy.kill()
 
 
 def main() -> int:
@@ -159,6 +166,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every `finally`
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -13,6 +13,7 @@ from helpers import (
     assert_within_budget,
     device_of,
     fresh_compiler,
+    run,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -306,6 +307,12 @@ def test_offsets_beyond_32_bits(backend):
         assert torch.equal(patch_lse(far, near[1], **options), expected)
         far.copy_(near[1])
         assert torch.equal(patch_lse(near[0], far, **options), expected)
+
+
+def test_offsets_have_sixty_four_bits(tmp_path):
+    """Also those of outputs, which no test could fill beyond 2^31."""
+    narrow = run("tests/offsets.py", "patch_lse", env={"TRITON_CACHE_DIR": str(tmp_path)})
+    assert narrow == ""
 
 
 # --- Edges ----------------------------------------------------------------------------------------

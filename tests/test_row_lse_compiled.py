@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import TRITON_DEVICE, assert_close, unit
+from helpers import TRITON_DEVICE, assert_close, run, unit
 from helpers import high_precision as high_precision
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -235,6 +235,12 @@ def test_unwritten_outputs_would_show(monkeypatch):
     streamed = tiled.row_lse(query, keys, scale, mask, 0, **options)
     for part in (*fused, *streamed):
         assert not part.isnan().any()
+
+
+def test_offsets_have_sixty_four_bits(tmp_path):
+    """Also those of outputs, which no test could fill beyond 2^31."""
+    narrow = run("tests/offsets.py", "row_lse", env={"TRITON_CACHE_DIR": str(tmp_path)})
+    assert narrow == ""
 
 
 @pytest.mark.parametrize(
