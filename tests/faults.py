@@ -415,7 +415,7 @@ FAULTS = [
     ),
     *faults(
         "ops/row_lse/launch.py",
-        "tests/test_row_lse_compiled.py -k 'small_table or every_width or kernel_variants'",
+        "tests/test_row_lse_compiled.py -k 'small_table or every_width or share_all'",
         (
             "edge",
             "a width that is a power of two takes the next",

@@ -254,6 +254,14 @@ def test_small_shared_memory_takes_the_small_table(architecture, table):
         assert chosen == launch.LAUNCH_TABLE[table][width]
 
 
+def test_splits_share_all_tiles_and_none_is_empty():
+    sizes = itertools.product((0, 1, 3), (0, 1, 6, 7, 8), (None, 1, 2, 3, 4, 50))
+    for programs, tiles, asked in sizes:
+        splits, each = launch.split(programs, tiles, torch.device("cpu"), asked)
+        assert (splits - 1) * each < max(1, tiles) <= splits * each
+        assert asked is None or splits <= asked
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(TRITON_DEVICE != "cuda", reason="needs a CUDA GPU")
 def test_graph_capture():
