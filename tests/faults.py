@@ -564,20 +564,13 @@ FAULTS = [
     # --- patch_lse --------------------------------------------------------------------------------
     *faults(
         "ops/patch_lse/triton_kernels.py",
-        "tests/test_patch_lse.py -k 'kernel_splits or (count and triton) or (nothing_to and triton)"
-        " or (zero_distances and triton) or (hidden_pixels and triton) or (loops and triton)'",
+        "tests/test_patch_lse.py -k kernel_splits",
         ("sign", "logits are plus the distance", "-c * b_length", "c * b_length"),
         (
             "swap",
             "the difference is the teacher's less the student's",
             "b_diff = b_s - b_t[:, None]",
             "b_diff = b_t[:, None] - b_s",
-        ),
-        (
-            "edge",
-            "pixels beyond the right edge of the map are rows",
-            "(i_w + o_x < W)",
-            "(i_w + o_x <= W)",
         ),
         (
             "edge",
@@ -592,13 +585,6 @@ FAULTS = [
             "m_x = m_x | (o_y != i_y)",
         ),
         ("mask", "invalid pixels are negatives", "m_x = m_x & m_seen", "pass"),
-        ("mask", "invalid pixels are read", "m_k = m_k & m_seen", "pass"),
-        (
-            "mask",
-            "a row without negatives has a margin",
-            "m_alive = m_row & (b_count > 0)",
-            "m_alive = m_row",
-        ),
         (
             "factor",
             "the gradient so far is not scaled down when the maximum rises",
@@ -607,24 +593,41 @@ FAULTS = [
         ),
         ("factor", "the L1 slope stays halved", "scale if L2 else 2 * scale", "scale"),
         (
-            "eps",
-            "a difference of length 0 has a slope of 0/0",
-            "tl.where(b_length > 0, b_length, 1.0)",
-            "b_length",
-        ),
-        (
             "axis",
             "patches are counted down the map first",
             "i_h = i_patch // across % down * P",
             "i_h = i_patch // across % across * P",
         ),
-        ("axis", "rows and columns of a patch are one", "o_y = o_n // Q % P", "o_y = o_n // P % Q"),
         (
             "axis",
             "a group of the teacher's is one channel wide",
             "channels // groups * stride_tc, stride_tc, *strides_t",
             "stride_tc, stride_tc, *strides_t",
         ),
+    ),
+    *faults(
+        "ops/patch_lse/triton_kernels.py",
+        "tests/test_patch_lse.py -k '(count or even_if or hidden_pixels or zero_distances) and triton'",
+        (
+            "edge",
+            "pixels beyond the right edge of the map are rows",
+            "(i_w + o_x < W)",
+            "(i_w + o_x <= W)",
+        ),
+        ("mask", "invalid pixels are read", "m_k = m_k & m_seen", "pass"),
+        (
+            "mask",
+            "a row without negatives has a gradient",
+            "m_alive = m_row & (b_count > 0)",
+            "m_alive = m_row",
+        ),
+        (
+            "eps",
+            "a difference of length 0 has a slope of 0/0",
+            "tl.where(b_length > 0, b_length, 1.0)",
+            "b_length",
+        ),
+        ("axis", "rows and columns of a patch are one", "o_y = o_n // Q % P", "o_y = o_n // P % Q"),
     ),
     *faults(
         "ops/patch_lse/triton_kernels.py",
