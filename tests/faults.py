@@ -445,6 +445,23 @@ FAULTS = [
             'os.environ.get("TRITON_INTERPRET") != "0"',
         ),
     ),
+    *faults(
+        "ops/availability.py",
+        "tests/test_row_lse.py -k nvidia_gpus",
+        ("edge", "GPUs of compute capability 8.0 are refused", "< (8, 0)", "<= (8, 0)"),
+        (
+            "check",
+            "ROCm is let through",
+            "torch.version.hip is not None",
+            "torch.version.cuda is None",
+        ),
+    ),
+    *faults(
+        "ops/row_lse/launch.py",
+        "tests/test_row_lse_compiled.py -k 'multiprocessor or architecture'",
+        ("factor", "half of a GPU is filled", "2 * multiprocessors", "multiprocessors"),
+        ("swap", "major and minor version change places", "sm_{major}{minor}", "sm_{minor}{major}"),
+    ),
     # --- row_lse over blocks of keys, and over ranks ------------------------------------------------
     *faults(
         "ops/joined_row_lse.py",

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,24 @@ def test_small_shared_memory_takes_the_small_table(architecture, table):
     for width in (64, 128, 256):
         chosen = launch.launch_of(architecture, torch.bfloat16, width, False)
         assert chosen == launch.LAUNCH_TABLE[table][width]
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "split"), [(1, 1000, 264), (132, 1000, 2), (264, 1000, 1)]
+)
+def test_each_multiprocessor_gets_two_programs(programs, tiles, split, monkeypatch):
+    """On a GPU with 132 of them, as PyTorch describes it."""
+    facts = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    splits, each = launch.split(programs, tiles, torch.device("cuda"), None)
+    assert each == -(-tiles // split)
+    assert splits == -(-tiles // each)
+
+
+def test_a_gpu_is_known_by_its_architecture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert launch.architecture_of(torch.device("cuda")) == "sm_86"
+    assert launch.architecture_of(torch.device("cpu")) == "sm_90"
 
 
 def test_splits_share_all_tiles_and_none_is_empty():
