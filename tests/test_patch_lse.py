@@ -14,6 +14,7 @@ from helpers import (
     assert_within_budget,
     device_of,
     fresh_compiler,
+    run,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -342,13 +343,16 @@ def test_strided_inputs_equal_contiguous_ones(backend):
 def test_offsets_beyond_32_bits(backend):
     """Views that reach beyond 2^31 elements along each axis; untouched pages cost no memory."""
     big = torch.empty(600 * 2**22, dtype=torch.bfloat16, device=device_of(backend))
-    options = {"patch": (2, 2), "temperature": 0.5, "negatives": "all_others", "backend": backend}
-    for strides in (
-        (2**30, 16, 4, 1),  # images
-        (1, 2**29 + 2**26, 4, 64),  # channels
-        (1, 4, 2**30, 64),  # rows
-        (1, 4, 64, 2**30),  # columns
+    options = {"temperature": 0.5, "negatives": "all_others", "backend": backend}
+    for strides, patch in (
+        ((2**30, 16, 4, 1), (2, 2)),  # images
+        ((1, 2**29 + 2**26, 4, 64), (2, 2)),  # channels
+        ((1, 4, 2**30, 64), (2, 2)),  # rows, patch by patch
+        ((1, 4, 64, 2**30), (2, 2)),  # columns
+        ((1, 4, 2**30, 64), (3, 1)),  # rows inside a patch
+        ((1, 4, 64, 2**30), (1, 3)),  # columns
     ):
+        options["patch"] = patch
         options["groups"] = 1 if strides[1] > 2**29 else 2  # a vector, or a group, lies beyond
         channels = 5 if strides[1] > 2**29 else 4
         images = 1 if strides[0] == 1 else 3
@@ -360,6 +364,12 @@ def test_offsets_beyond_32_bits(backend):
         assert torch.equal(patch_lse(far, near[1], **options), expected)
         far.copy_(near[1])
         assert torch.equal(patch_lse(near[0], far, **options), expected)
+
+
+def test_offsets_have_sixty_four_bits(tmp_path):
+    """Also those of outputs, which no test could fill beyond 2^31."""
+    narrow = run("tests/offsets.py", "patch_lse", env={"TRITON_CACHE_DIR": str(tmp_path)})
+    assert narrow == ""
 
 
 # --- Edges ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from helpers import high_precision as high_precision
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pixdistill.ops.availability import why_no_kernel
 from pixdistill.ops.row_lse import row_lse, row_lse_and_max, tiled
 
 FAST = ("torch", "triton")
@@ -652,3 +653,20 @@ def test_triton_is_not_taken_where_it_is_missing(monkeypatch):
     with pytest.raises(ValueError, match="not installed"):
         row_lse(Q, K, 1.0, backend="triton")
     row_lse(Q, K, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "words"),
+    [
+        ((8, 0), None, None),
+        ((9, 0), None, None),
+        ((7, 5), None, "compute capability 8.0 or later"),
+        ((9, 0), "6.2", "not been validated on ROCm"),
+    ],
+)
+def test_triton_is_taken_on_nvidia_gpus_from_ampere_on(capability, hip, words, monkeypatch):
+    """Without such a GPU: what PyTorch says of it is replaced."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = why_no_kernel(torch.device("cuda"))
+    assert reason is None if words is None else words in reason

@@ -2,10 +2,11 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TRITON_DEVICE, assert_close, unit
+from helpers import TRITON_DEVICE, assert_close, run, unit
 from helpers import high_precision as high_precision
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -237,6 +238,12 @@ def test_unwritten_outputs_would_show(monkeypatch):
         assert not part.isnan().any()
 
 
+def test_offsets_have_sixty_four_bits(tmp_path):
+    """Also those of outputs, which no test could fill beyond 2^31."""
+    narrow = run("tests/offsets.py", "row_lse", env={"TRITON_CACHE_DIR": str(tmp_path)})
+    assert narrow == ""
+
+
 @pytest.mark.parametrize(
     ("architecture", "table"),
     [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"),
@@ -246,6 +253,32 @@ def test_small_shared_memory_takes_the_small_table(architecture, table):
     for width in (64, 128, 256):
         chosen = launch.launch_of(architecture, torch.bfloat16, width, False)
         assert chosen == launch.LAUNCH_TABLE[table][width]
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "split"), [(1, 1000, 264), (132, 1000, 2), (264, 1000, 1)]
+)
+def test_each_multiprocessor_gets_two_programs(programs, tiles, split, monkeypatch):
+    """On a GPU with 132 of them, as PyTorch describes it."""
+    facts = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    splits, each = launch.split(programs, tiles, torch.device("cuda"), None)
+    assert each == -(-tiles // split)
+    assert splits == -(-tiles // each)
+
+
+def test_a_gpu_is_known_by_its_architecture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert launch.architecture_of(torch.device("cuda")) == "sm_86"
+    assert launch.architecture_of(torch.device("cpu")) == "sm_90"
+
+
+def test_splits_share_all_tiles_and_none_is_empty():
+    sizes = itertools.product((0, 1, 3), (0, 1, 6, 7, 8), (None, 1, 2, 3, 4, 50))
+    for programs, tiles, asked in sizes:
+        splits, each = launch.split(programs, tiles, torch.device("cpu"), asked)
+        assert (splits - 1) * each < max(1, tiles) <= splits * each
+        assert asked is None or splits <= asked
 
 
 @pytest.mark.cuda
