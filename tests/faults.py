@@ -1011,7 +1011,7 @@ FAULTS = [
     # --- heads on maps ----------------------------------------------------------------------------
     *faults(
         "_head_layers.py",
-        "tests/test_spatial_adaptor.py -k 'equal_the_loop or kinks or closed_at_zero or"
+        "tests/test_spatial_adaptor.py -k 'the_loop or kinks or closed_at_zero or"
         " cannot_be_adapted or keeps_its_epsilon or order_holds'",
         (
             "sign",
