@@ -742,6 +742,78 @@ FAULTS = [
         ),
     ),
     *faults(
+        "ops/patch_lse/tiled.py",
+        "tests/test_patch_lse.py -k 'blocks_join or near_pairs or the_form or lost_in_rounding'",
+        (
+            "edge",
+            "the own kind of later rows is that of the first",
+            "kinds.diagonal(start // alike,",
+            "kinds.diagonal(0,",
+        ),
+        (
+            "edge",
+            "a block of rows begins inside a kind",
+            "whole = max(alike, most // alike * alike)",
+            "whole = max(alike, most)",
+        ),
+        (
+            "edge",
+            "the nearest is not near",
+            "near = length <= nearest + reach",
+            "near = length < nearest + reach",
+        ),
+        (
+            "factor",
+            "what is near is measured without the temperature",
+            "torch.finfo(s.dtype).eps) * temperature",
+            "torch.finfo(s.dtype).eps)",
+        ),
+        (
+            "eps",
+            "nearness ends before what is left out is lost in rounding",
+            "math.log(8 * vectors / torch.finfo(s.dtype).eps)",
+            "math.log(8 * vectors / 1e-3)",
+        ),
+        ("swap", "few near pairs are taken for many", "* _FEW <= near", "* _FEW >= near"),
+        (
+            "axis",
+            "a pair's distance is that of its row's number",
+            "length = length.flatten()[pair]",
+            "length = length.flatten()[row]",
+        ),
+        (
+            "factor",
+            "the weights of near pairs are not normalised",
+            "weights / total[row]",
+            "weights",
+        ),
+        (
+            "factor",
+            "the weights of all pairs are not normalised",
+            "weights.div_(total)",
+            "weights",
+        ),
+        ("sign", "negatives pull", "slope.sub_(mean)", "slope.add_(mean)"),
+        (
+            "eps",
+            "the unit vector of no difference is 0 / 0",
+            "masked_fill_(length == 0, 0.0)",
+            "masked_fill_(length < 0, 0.0)",
+        ),
+        (
+            "mask",
+            "invalid vectors are near",
+            "length.masked_fill_(~valid.unsqueeze(1), torch.inf)",
+            "pass",
+        ),
+        (
+            "state",
+            "the positive's distance is what the negatives' mask made of it",
+            "length.diagonal(start, dim1=1, dim2=2).clone()",
+            "length.diagonal(start, dim1=1, dim2=2)",
+        ),
+    ),
+    *faults(
         "ops/patch_lse/reference.py",
         "tests/test_patch_lse.py -k 'equals_explicit_loops and l1'",
         (
