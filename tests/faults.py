@@ -1247,7 +1247,8 @@ FAULTS = [
     *faults(
         "masked_distillation.py",
         "tests/test_masked_distillation.py -k 'dense_truth or any_valid or formula or blocks_of_any or"
-        " saturate or before_an_alignment or reductions_agree or join_after or gets_a_gradient or get_a_gradient'",
+        " saturate or before_an_alignment or reductions_agree or join_after or"
+        " gets_a_gradient or get_a_gradient'",
         (
             "sign",
             "the gradient has the other sign",
