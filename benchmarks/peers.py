@@ -9,7 +9,9 @@ rise of the resident peak in a fresh process of the provider's own, on CUDA the 
 import argparse
 import functools
 import json
+import math
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patience",
         type=float,
-        default=15.0,
+        default=6.0,
         help="seconds for the timed runs of a provider at a size; two runs are made in any case",
+    )
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=45.0,
+        metavar="SECONDS",
+        help="leave out what would take longer a run, by its pace at the sizes before; default: 45",
     )
     parser.add_argument("--measure-memory", nargs="+", help=argparse.SUPPRESS)
 
@@ -72,8 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     limit = memory_limit(arguments.memory_limit, device)
     records: list[dict[str, Any]] = []
     with tqdm(total=(len(sizes) + 1) * len(names), unit="run", disable=None) as bar:
+        paces: dict[str, float] = {}
         for size in sizes:
-            records += _measure(size, names, dtype, limit, arguments, bar)
+            records += _measure(size, names, dtype, limit, arguments, paces, bar)
         if device == "cpu":
             _measure_memory(records, names, dtype, bar)
     print(report.table([_row(record) for record in records]))
@@ -110,8 +120,10 @@ def _measure(
     dtype: str,
     limit: float,
     arguments: argparse.Namespace,
+    paces: dict[str, float],
     bar: Any,
 ) -> list[dict[str, Any]]:
+    """Records of one size; `paces` keeps the seconds of a run over N M D."""
     device = arguments.device
     base: dict[str, Any] = dict(zip("NMD", size, strict=True)) | {"dtype": dtype}
     torch.compiler.reset()  # each size is compiled for itself
@@ -122,6 +134,7 @@ def _measure(
     for name in names:
         bar.set_description(f"{size} {name}: warm up")
         reason = why_not(name, small, device, limit, size)
+        reason = reason or _too_slow(name, size, paces, arguments.longest)
         if reason is None:
             try:
                 results[name] = PROVIDERS[name](problem)
@@ -135,6 +148,7 @@ def _measure(
     runs = {name: functools.partial(PROVIDERS[name], problem) for name in results}
     bar.set_description(f"{size}: {arguments.rounds} rounds")
     times = report.interleaved(runs, arguments.rounds, device, arguments.patience)
+    paces |= {name: statistics.median(taken) / math.prod(size) for name, taken in times.items()}
     truths = {beside: truth(problem, beside=beside) for beside in {_beside(n) for n in results}}
     for name, result in results.items():
         record = {**base, "provider": name, "runs": len(times[name]), **report.spread(times[name])}
@@ -143,6 +157,13 @@ def _measure(
         )
         records.append(record | report.errors(result, truths[_beside(name)]))
     return sorted(records, key=lambda record: names.index(record["provider"]))
+
+
+def _too_slow(name: str, size: Size, paces: dict[str, float], longest: float) -> str | None:
+    seconds = paces.get(name, 0.0) * math.prod(size)
+    if seconds <= longest:
+        return None
+    return f"would take about {seconds:.0f} s a run, above the limit of {longest:.0f} s"
 
 
 def _beside(name: str) -> bool:

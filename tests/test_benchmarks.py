@@ -290,6 +290,16 @@ def test_peers_runs(tmp_path):
     assert "32 x 96" in page.render(tmp_path) or "64 x 64" in page.render(tmp_path)
 
 
+def test_what_would_take_too_long_sits_out():
+    """By its pace at the sizes before; whoever has none yet is tried."""
+    paces = {"plain torch": 1e-6}
+    assert peers._too_slow("plain torch", (100, 200, 10), paces, 0.3) is None
+    assert peers._too_slow("plain torch", (100, 4000, 10), paces, 3.0) == (
+        "would take about 4 s a run, above the limit of 3 s"
+    )
+    assert peers._too_slow("liger-kernel", (100, 4000, 10), paces, 3.0) is None
+
+
 def test_memory_of_the_peers_is_seen():
     """N = M = 2048 in a fresh process: a matrix of logits is 16 MiB."""
 
