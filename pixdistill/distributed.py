@@ -74,8 +74,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows `[n, D]` of all ranks in the order of the ranks, the same on every rank."""
     lengths, _ = _agree(rows, None)
     padded, _ = _pad(rows, None, max(lengths), masked=False)
-    blocks = _all_gather(padded).split(max(lengths)) if max(lengths) else [rows]
-    return torch.cat([block[:n] for block, n in zip(blocks, lengths, strict=False)])
+    if not max(lengths):
+        return rows
+    blocks = _all_gather(padded).split(max(lengths))
+    return torch.cat([block[:n] for block, n in zip(blocks, lengths, strict=True)])
 
 
 def broadcast(*tensors: Tensor) -> None:

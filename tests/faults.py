@@ -561,8 +561,8 @@ FAULTS = [
         (
             "axis",
             "gathered rows come in the order of nobody",
-            "strict=False)])",
-            "strict=False)][::-1])",
+            "strict=True)])",
+            "strict=True)][::-1])",
         ),
         (
             "swap",
@@ -801,6 +801,48 @@ FAULTS = [
             "return torch.float64 if tensor.dtype == torch.float64 else torch.float32",
             "return torch.float32",
         ),
+    ),
+    *faults(
+        "ops/patch_lse/tiled.py",
+        "tests/test_patch_lse.py -k 'blocks_join or near_pairs or the_form or lost_in_rounding'",
+        (
+            "edge",
+            "a block of rows begins inside a kind",
+            "whole = max(alike, most // alike * alike)",
+            "whole = max(alike, most)",
+        ),
+        (
+            "edge",
+            "the nearest is not near",
+            "near = length <= nearest + reach",
+            "near = length < nearest + reach",
+        ),
+        (
+            "factor",
+            "what is near is measured without the temperature",
+            "torch.finfo(s.dtype).eps) * temperature",
+            "torch.finfo(s.dtype).eps)",
+        ),
+        (
+            "eps",
+            "nearness ends before what is left out is lost in rounding",
+            "math.log(8 * vectors / torch.finfo(s.dtype).eps)",
+            "math.log(8 * vectors / 1e-3)",
+        ),
+        ("swap", "few near pairs are taken for many", "* _FEW <= near", "* _FEW >= near"),
+        (
+            "axis",
+            "a pair's distance is that of its row's number",
+            "length = length.flatten()[pair]",
+            "length = length.flatten()[row]",
+        ),
+        (
+            "factor",
+            "the weights of near pairs are not normalised",
+            "weights / total[row]",
+            "weights",
+        ),
+        ("sign", "negatives pull", "slope.sub_(mean)", "slope.add_(mean)"),
     ),
     *faults(
         "ops/patch_lse/reference.py",
