@@ -1375,7 +1375,8 @@ FAULTS = [
     *faults(
         "af_dcd.py",
         "tests/test_af_dcd.py -k 'not triton and (loops or mimic or padding or cropped or share or"
-        " averages or hold_anything or weighted_sum or float16 or reach_student or nothing_to)'",
+        " averages or zeroes_aligned or hold_anything or weighted_sum or float16 or nothing_to or"
+        " reach_student)'",
         (
             "detach",
             "the teacher gets a gradient from the mimic term",
@@ -1490,10 +1491,10 @@ FAULTS = [
             "self._attend(pixels)",
         ),
         (
-            "edge",
-            "cells at the edge count the padding",
-            "count_include_pad=False",
-            "count_include_pad=True",
+            "factor",
+            "the keys of cells are doubled",
+            "cells = F.avg_pool2d(",
+            "cells = 2 * F.avg_pool2d(",
         ),
         ("edge", "cells at the edge are left out", "ceil_mode=True", "ceil_mode=False"),
         ("state", "the plug-in keeps its own mode", "plugin.train(module.training)", "plugin"),
