@@ -742,12 +742,6 @@ FAULTS = [
             "kinds.diagonal(0, dim1=1, dim2=3)",
         ),
         (
-            "edge",
-            "a block of rows reaches into the next kind",
-            "slice(first, min(first + step, stop))",
-            "slice(first, min(first + step, vectors))",
-        ),
-        (
             "mask",
             "invalid vectors are negatives",
             "length.masked_fill_(~valid.unsqueeze(1), torch.inf)",
@@ -815,7 +809,7 @@ FAULTS = [
             "edge",
             "the nearest is not near",
             "near = length <= nearest + reach",
-            "near = length < nearest + reach",
+            "near = length < nearest",
         ),
         (
             "factor",
