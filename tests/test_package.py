@@ -266,7 +266,7 @@ def test_peak_memory_of_af_dcd_holds_no_distances():
         return int(run("-m", "benchmarks", "af_dcd", "--measure-memory", name, "float32", *case))
 
     assert rise("plain") > 3 * 256**2 * 256 * 4  # the measurement sees what it should
-    assert rise("ours: torch") < 16 * 2**20
+    assert rise("ours: torch") < 256**2 * 256 * 4 / 2  # blocks of 4 MiB; the allocator adds its own
 
 
 def test_the_drawing_of_the_pairs_runs(tmp_path):
