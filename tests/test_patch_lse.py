@@ -706,7 +706,7 @@ def test_opcheck(with_grad, masked):
     tests = ["test_schema", "test_faketensor"]
     if with_grad:
         tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-    settings = (2, (2, 2), 0.3, "l1", "other_groups", "torch", with_grad)
+    settings = (2, 2, 2, 0.3, "l1", "other_groups", "torch", with_grad)
     torch.library.opcheck(
         patch_lse_op, (student.requires_grad_(), teacher, mask, *settings), test_utils=tuple(tests)
     )

@@ -17,7 +17,6 @@ one multiplication. Both maps are read in place, and nothing is stored but the m
 This file holds the contract, the operator registered with PyTorch, and the only choice of a backend.
 """
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -83,13 +82,15 @@ def patch_lse(
     """
     check(student, teacher, groups, patch, temperature, distance, negatives, valid_mask, backend)
     teacher = teacher.detach()
-    settings = (groups, patch, float(temperature), distance, negatives)
+    settings = (float(temperature), distance, negatives)
     if backend == "reference":
-        return reference.patch_lse(student, teacher, valid_mask, *settings)
+        return reference.patch_lse(student, teacher, valid_mask, groups, patch, *settings)
     if not torch.compiler.is_compiling() and unpack_dual(student).tangent is not None:
         raise RuntimeError('patch_lse has no forward-mode gradient; use backend="reference"')
     with_grad = torch.is_grad_enabled() and student.requires_grad
-    return patch_lse_op(student, teacher, valid_mask, *settings, backend, with_grad)[0]
+    return patch_lse_op(
+        student, teacher, valid_mask, groups, *patch, *settings, backend, with_grad
+    )[0]
 
 
 def why_not_triton(student: Tensor, groups: int) -> str | None:
@@ -126,7 +127,8 @@ def patch_lse_op(
     teacher: Tensor,
     valid_mask: Tensor | None,
     groups: int,
-    patch: Sequence[int],
+    patch_height: int,
+    patch_width: int,
     temperature: float,
     distance: str,
     negatives: str,
@@ -140,7 +142,7 @@ def patch_lse_op(
             teacher,
             valid_mask,
             groups,
-            (patch[0], patch[1]),
+            (patch_height, patch_width),
             temperature,
             distance,
             negatives,
@@ -155,7 +157,8 @@ def _(
     teacher,
     valid_mask,
     groups,
-    patch,
+    patch_height,
+    patch_width,
     temperature,
     distance,
     negatives,
@@ -177,7 +180,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_margin, _):
-    grads = (None,) * 9
+    grads = (None,) * 10
     if grad_margin is None:
         return (None, *grads)
     student, slope = ctx.saved_tensors
