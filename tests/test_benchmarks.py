@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_close, fresh_compiler, run
 
-from benchmarks import page, peers, report, scaling
+from benchmarks import af_dcd, page, peers, report, row_lse, scaling
 from benchmarks.peer_providers import PROVIDERS, Problem, Provider, truth, what_failed, why_not
 
 SMALL = (48, 80, 16)
@@ -267,15 +267,72 @@ def test_the_page_says_when_nobody_is_faster(tmp_path):
 # -- the commands, at tiny sizes
 
 
-def test_peers_runs(tmp_path):
+def command(module, *options: str) -> None:
+    """`python -m benchmarks <module> <options>` in this process."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert module.run(parser.parse_args(options)) == 0
+
+
+@pytest.fixture
+def no_child(monkeypatch):
+    """A process for every measurement of memory would take long."""
+    monkeypatch.setattr(report, "fresh_process", lambda command: [2**20])
+
+
+def test_row_lse_runs(tmp_path, capsys, no_child):
+    options = ("--size", "64", "96", "8", "--rounds", "1", "--output", str(tmp_path))
+    command(row_lse, *options)
+    assert "ours: torch" in capsys.readouterr().out
+    records = json.loads((tmp_path / "row_lse_cpu_float32.json").read_text())["records"]
+    exact = {r["provider"]: r for r in records if r.get("grad_error") is not None}
+    assert {"plain torch", "ours: torch", "ours: reference"} <= set(exact)
+    assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact.values())
+    assert (tmp_path / "row_lse_cpu_float32.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("default")  # importing the compiler warns in torch 2.13
+def test_maskd_runs(tmp_path, no_child):
+    from benchmarks import maskd  # asks for the compiler
+
+    providers = ("materialising", "channels first", "ours", "one read")
+    options = ["--rounds", "1", "--output", str(tmp_path)]
+    options += ["--case", "detection", "2", "16", "3", "12", "14"]
+    for provider in providers:
+        options += ["--provider", provider]
+    command(maskd, *options)
+    records = json.loads((tmp_path / "maskd_cpu_float32.json").read_text())["records"]
+    assert [r["provider"] for r in records] == list(providers)
+    exact = [r for r in records if r["provider"] != "one read"]
+    assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact)
+    assert all(r["seconds"] > 0 for r in records)
+    assert (tmp_path / "maskd_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_af_dcd_runs(tmp_path, no_child, monkeypatch):
+    monkeypatch.setattr(af_dcd, "why_not_triton", lambda *_: "its interpreter takes a minute")
+    options = ["--rounds", "1", "--output", str(tmp_path)]
+    for case in (("contrast", "2", "32", "8", "16", "2"), ("loss", "1", "32", "8", "8", "1")):
+        options += ["--case", *case]
+    command(af_dcd, *options)
+    records = json.loads((tmp_path / "af_dcd_cpu_float32.json").read_text())["records"]
+    done = [record for record in records if "skipped" not in record]
+    assert [r["provider"] for r in done] == 2 * ["plain", "ours: torch"]
+    assert all(r["grad_error"] < 1e-4 and r["loss_error"] < 1e-5 for r in done)
+    assert all(r["seconds"] > 0 and r["extra_bytes"] == 2**20 for r in done)
+    assert (tmp_path / "af_dcd_cpu_float32.png").stat().st_size > 10_000
+
+
+def test_peers_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "fresh_process", lambda command: 3 * [2**20])  # a number a size
     names = ("plain torch", "attention, CPU flash", "inf-cl", "attention, flash", "ours: torch")
     options = ["--rounds", "2", "--output", str(tmp_path)]
     for size in (("32", "32", "8"), ("64", "64", "8"), ("32", "96", "8")):
         options += ["--size", *size]
     for name in names:
         options += ["--provider", name]
-    out = run("-m", "benchmarks", "peers", *options)
-    assert "skipped attention, flash: made for CUDA" in out
+    command(peers, *options)
+    assert "skipped attention, flash: made for CUDA" in capsys.readouterr().out
     content = json.loads((tmp_path / "peers_cpu_float32.json").read_text())
     assert set(content["packages"]) == set(peers.PACKAGES)
     records = content["records"]
@@ -284,7 +341,7 @@ def test_peers_runs(tmp_path):
     assert {"plain torch", "ours: torch"} <= {record["provider"] for record in done}
     assert all(record["runs"] == 2 and record["seconds"] > 0 for record in done)
     assert all(record["loss_error"] < 1e-5 and record["grad_error"] < 1e-5 for record in done)
-    assert all(isinstance(record["extra_bytes"], int) for record in done)
+    assert all(record["extra_bytes"] == 2**20 for record in done)
     for name in ("peers_cpu_float32", "peers_cpu_float32_pcd"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     assert "32 x 96" in page.render(tmp_path) or "64 x 64" in page.render(tmp_path)
@@ -320,19 +377,6 @@ def test_memory_of_the_peers_is_seen():
 
     assert rise("plain torch")[1] > 2 * 2**24
     assert rise("ours: torch")[1] < 2**24
-
-
-def command(module, *options: str) -> None:
-    """`python -m benchmarks <module> <options>` in this process."""
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    assert module.run(parser.parse_args(options)) == 0
-
-
-@pytest.fixture
-def no_child(monkeypatch):
-    """A process for every measurement of memory would take long."""
-    monkeypatch.setattr(report, "fresh_process", lambda command: [2**20])
 
 
 def test_scaling_runs(tmp_path, capsys, no_child):

@@ -146,7 +146,8 @@ def parts(case):  # flags apart, what tells cases apart
 cases = list(kernels.cases())
 for case in cases:
     fuller = any(parts(o) == parts(case) and o.flags > case.flags for o in cases)
-    if not fuller and (case.kernel != "patch_lse" or case.arch == "sm_80"):
+    between = case.kernel == "patch_lse" and case.width in (16, 64, 256)
+    if not (fuller or between) and (case.kernel != "patch_lse" or case.arch == "sm_80"):
         built = asdict(kernels.compile_case(case))
         print(json.dumps(built | vars(case) | {"flags": sorted(case.flags)}))
 """
@@ -156,7 +157,7 @@ def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
     """For sm_80 and sm_90, without a GPU. `python -m benchmarks kernels` does the same for all cases.
 
     Here only the fullest variants are compiled, since parts less need no more registers, and patch_lse
-    for one architecture, since its launches are the same on all.
+    for one architecture, since its launches are the same on all, and for few widths.
     """
     out = run("-c", COMPILE, env={"TRITON_CACHE_DIR": str(tmp_path)})
     records = [json.loads(line) for line in out.splitlines()]
@@ -172,28 +173,6 @@ def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
         assert record["programs"] >= 1, record
         if record["arch"] == "sm_80":  # the table that smaller GPUs share: 99 KiB a program
             assert record["shared"] <= 99 * 1024, record
-
-
-def test_row_lse_benchmark_runs(tmp_path):
-    out = run(
-        "-m",
-        "benchmarks",
-        "row_lse",
-        "--size",
-        "64",
-        "96",
-        "8",
-        "--rounds",
-        "1",
-        "--output",
-        str(tmp_path),
-    )
-    assert "ours: torch" in out
-    records = json.loads((tmp_path / "row_lse_cpu_float32.json").read_text())["records"]
-    exact = {r["provider"]: r for r in records if r.get("grad_error") is not None}
-    assert {"plain torch", "ours: torch", "ours: reference"} <= set(exact)
-    assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact.values())
-    assert (tmp_path / "row_lse_cpu_float32.png").stat().st_size > 10_000
 
 
 def test_adapted_head_smoke(tmp_path):
@@ -228,34 +207,6 @@ for settings in COSTS:
     rows = [[float(number) for number in row.split()] for row in run("-c", code).splitlines()]
     assert len(rows) == 7
     assert all(seconds > 0 and extra < 256 for seconds, extra in rows)
-
-
-def test_maskd_benchmark_runs(tmp_path):
-    providers = ("materialising", "channels first", "ours", "one read")
-    options = ["--rounds", "1", "--output", str(tmp_path)]
-    options += ["--case", "detection", "2", "16", "3", "12", "14"]
-    for provider in providers:
-        options += ["--provider", provider]
-    run("-m", "benchmarks", "maskd", *options)
-    records = json.loads((tmp_path / "maskd_cpu_float32.json").read_text())["records"]
-    assert [r["provider"] for r in records] == list(providers)
-    exact = [r for r in records if r["provider"] != "one read"]
-    assert all(r["grad_error"] < 1e-5 and r["loss_error"] < 1e-5 for r in exact)
-    assert all(r["seconds"] > 0 for r in records)
-    assert (tmp_path / "maskd_cpu_float32.png").stat().st_size > 10_000
-
-
-def test_af_dcd_benchmark_runs(tmp_path):
-    options = ["--rounds", "1", "--output", str(tmp_path)]
-    for case in (("contrast", "2", "32", "8", "16", "2"), ("loss", "1", "32", "8", "8", "1")):
-        options += ["--case", *case]
-    run("-m", "benchmarks", "af_dcd", *options)
-    records = json.loads((tmp_path / "af_dcd_cpu_float32.json").read_text())["records"]
-    done = [record for record in records if "skipped" not in record]
-    assert [r["provider"] for r in done] == 2 * ["plain", "ours: torch"]
-    assert all(r["grad_error"] < 1e-4 and r["loss_error"] < 1e-5 for r in done)
-    assert all(r["seconds"] > 0 and r["extra_bytes"] >= 0 for r in done)
-    assert (tmp_path / "af_dcd_cpu_float32.png").stat().st_size > 10_000
 
 
 def test_peak_memory_of_af_dcd_holds_no_distances():
