@@ -94,7 +94,10 @@ KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *STEPS)
 
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
     """The class of KINDS whose forward this layer runs, be it of a subclass."""
-    return next((kind for kind in KINDS if type(layer).forward is kind.forward), None)
+    for kind in KINDS:  # not next(..., None), which torch.compile of PyTorch 2.6 refuses
+        if type(layer).forward is kind.forward:
+            return kind
+    return None
 
 
 def step_of(layer: nn.Module, m: Tensor) -> Affine:

@@ -103,8 +103,10 @@ class SpatialAdaptor(nn.Module):
     @property
     def in_channels(self) -> int | None:
         """Channels of the map that comes in; None if the head takes any number."""
-        widths = (in_width(layer) for layer in self._layers)
-        return next((width for width in widths if width is not None), None)
+        for layer in self._layers:
+            if (width := in_width(layer)) is not None:
+                return width
+        return None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -138,7 +140,8 @@ class SpatialAdaptor(nn.Module):
     @property
     def _layers(self) -> list[nn.Module]:
         # by name, since convert_sync_batchnorm and its like put other modules into the head
-        return [self.head.get_submodule(n) if isinstance(n, str) else n for n in self._names]
+        modules = dict(self.head.named_modules())
+        return [modules[n] if isinstance(n, str) else n for n in self._names]
 
     def _run(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
