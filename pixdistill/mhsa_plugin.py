@@ -121,7 +121,9 @@ class MHSAPlugin(nn.Module):
             return self._attention(pixels, None)
         batch, height, width, _ = pixels.shape
         # Always padded and masked, also by nothing: a branch would compile once more for it.
-        edges = (0, 0, 0, -width % self.window, 0, -height % self.window)
+        # Two remainders: torch.compile of PyTorch 2.6 is not sure of the sign of `-width % window`.
+        right, below = (self.window - size % self.window for size in (width, height))
+        edges = (0, 0, 0, right % self.window, 0, below % self.window)
         inside = F.pad(pixels.new_ones(1, height, width, 1, dtype=torch.bool), edges)
         mask = _cut(inside, self.window).flatten(1)[:, None, None].repeat(batch, 1, 1, 1)
         pixels = F.pad(pixels, edges)

@@ -1471,8 +1471,8 @@ FAULTS = [
         (
             "swap",
             "windows are padded as those of the transpose",
-            "-width % self.window, 0, -height % self.window",
-            "-height % self.window, 0, -width % self.window",
+            "right % self.window, 0, below % self.window",
+            "below % self.window, 0, right % self.window",
         ),
         ("mask", "the padding of windows is seen", "(q, k, v, attn_mask=key_mask)", "(q, k, v)"),
         ("swap", "values carry the position", "self.value(sources)", "self.value(keys)"),
