@@ -24,8 +24,8 @@ WORLDS = (1, 2, 4)
 CHANNELS, WIDTH = 5, 6
 TEMPERATURE = 0.3
 EVEN = ((2, 3, 2),) * 4
-UNEVEN = ((2, 3, 4), (1, 5, 2), (0, 3, 3), (2, 2, 2))
-"""Images, rows and columns on each rank; the third has no pixel."""
+UNEVEN = ((1, 5, 2), (2, 3, 4), (0, 3, 3), (2, 2, 2))
+"""Images, rows and columns on each rank. The first is not the longest; the third has no pixel."""
 MASKS = ("none", "some", "first", "dark", "night")
 """On no rank, on all, on the first only; nothing valid on the second rank; nothing valid anywhere."""
 

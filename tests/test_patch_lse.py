@@ -665,8 +665,9 @@ def test_one_group_contrasts_pixels_and_patch_one_contrasts_groups(problem):
 @pytest.mark.parametrize("rows", [4, 16])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_kernel_splits_the_rows_of_a_patch(rows, distance):
-    student, teacher = (x.to(TRITON_DEVICE) for x in maps(1, 9, 3, 2))
-    mask = torch.tensor([[True, True], [False, True], [True, True]]).unsqueeze(0)
+    # two images: what lies below the first one's lowest patch counts, there
+    student, teacher = (x.to(TRITON_DEVICE) for x in maps(2, 9, 3, 2))
+    mask = torch.tensor([[True, True], [False, True], [True, True]]).repeat(2, 1, 1)
     arguments = (mask, 3, (2, 2), 0.3, distance, "all_others")
     truth = tiled.patch_lse(student.cpu(), teacher.cpu(), *arguments, with_grad=True)
     arguments = (mask.to(TRITON_DEVICE), *arguments[1:])
