@@ -63,7 +63,7 @@ class PixelQueue(nn.Module):
         self.size = size
         self.dim = dim
         self.gather_distributed = gather_distributed
-        self._shared = False
+        self._shared = False  # not saved: a resumed run takes rank 0's queue again
         self.register_buffer("keys", torch.empty(size, dim, device=device, dtype=dtype))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
