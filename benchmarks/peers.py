@@ -236,6 +236,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     titles = ("time, forward + backward (s)", "extra peak memory (MiB)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xscale="log", yscale="log", xlabel=f"N = M, D = {width}", title=title)
+        sizes = sorted({r["N"] for r in done if r["D"] == width})
+        axis.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     if done:
         axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
