@@ -123,7 +123,10 @@ Provider = Callable[[Problem], tuple[Tensor, Tensor]]
 """Loss and gradient of the student."""
 
 
-def differentiated(loss_of: Callable[[Tensor, Tensor, Problem], Tensor]) -> Provider:
+LossOf = Callable[[Tensor, Tensor, Problem], Tensor]
+
+
+def differentiated(loss_of: LossOf) -> Provider:
     """Forward plus backward of one form of the loss."""
 
     def provider(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -134,13 +137,19 @@ def differentiated(loss_of: Callable[[Tensor, Tensor, Problem], Tensor]) -> Prov
     return provider
 
 
+def compiled(loss_of: LossOf) -> LossOf:
+    """`torch.compile(loss_of)`, asked for when it first runs: loading the compiler takes seconds."""
+    made = functools.cache(lambda: torch.compile(loss_of))
+    return lambda *arguments: made()(*arguments)
+
+
 PROVIDERS: dict[str, Provider] = {
     "materialising": differentiated(materialising),
-    "materialising, compiled": differentiated(torch.compile(materialising)),
+    "materialising, compiled": differentiated(compiled(materialising)),
     "channels first": differentiated(channels_first),
-    "channels first, compiled": differentiated(torch.compile(channels_first)),
+    "channels first, compiled": differentiated(compiled(channels_first)),
     "ours": differentiated(ours),
-    "ours, compiled": differentiated(torch.compile(ours)),
+    "ours, compiled": differentiated(compiled(ours)),
     "one read": one_read,
 }
 

@@ -175,12 +175,14 @@ def _peers(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
     squares = [size for size in sizes if size[0] == size[1]]
     for size in (squares[-1:] if squares else []) + at_pcd:
         own = (
-            ", PCD's own setting: 8 maps of 28 x 28 pixels against its queue" if size == PCD else ""
+            ", the rows and keys of PCD: 8 maps of 28 x 28 pixels against its queue"
+            if size == PCD
+            else ""
         )
         yield f"\n{_named(size)}{own}:\n"
         mine = sorted((r for r in done if _size(r) == size), key=lambda r: r["seconds"])
         yield _table([_peer_row(record) for record in mine])
-    yield _picture(results, f"{name}_pcd", "Time and extra memory at PCD's own setting")
+    yield _picture(results, f"{name}_pcd", "Time and extra memory with the rows and keys of PCD")
     yield _picture(results, name, "Time and extra memory against N")
     yield f"\nAll sizes are in `benchmarks/results/{name}.json`.\n"
     yield "\n**Where a peer is faster, and why.** "

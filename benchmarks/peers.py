@@ -221,6 +221,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     done = [r for r in records if "skipped" not in r and r["N"] == r["M"]]
     widths = [r["D"] for r in done]
     width = max(widths, key=widths.count, default=0)
+    ticks = sorted({r["N"] for r in done if r["D"] == width})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for number, name in enumerate(PROVIDERS):
         mine = sorted(
@@ -236,8 +237,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     titles = ("time, forward + backward (s)", "extra peak memory (MiB)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xscale="log", yscale="log", xlabel=f"N = M, D = {width}", title=title)
-        sizes = sorted({r["N"] for r in done if r["D"] == width})
-        axis.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axis.set_xticks(ticks, labels=[str(size) for size in ticks])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     if done:
@@ -247,7 +247,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_bars(records: list[dict[str, Any]], path: Path) -> None:
-    """Time and extra memory of each provider at PCD's own setting, or else the last size."""
+    """Time and extra memory of each provider with PCD's rows and keys, or else at the last size."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -139,8 +139,9 @@ class SpatialAdaptor(nn.Module):
 
     @property
     def _layers(self) -> list[nn.Module]:
-        # by name, since convert_sync_batchnorm and its like put other modules into the head
-        modules = dict(self.head.named_modules())
+        # by name, since convert_sync_batchnorm and its like put other modules into the head; not by
+        # get_submodule, which torch.compile of PyTorch 2.6 refuses
+        modules = dict(self.head.named_modules(remove_duplicate=False))
         return [modules[n] if isinstance(n, str) else n for n in self._names]
 
     def _run(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_close, fresh_compiler, run
 
-from benchmarks import af_dcd, page, peers, report, row_lse, scaling
+from benchmarks import af_dcd, maskd, page, peers, report, row_lse, scaling
 from benchmarks.peer_providers import PROVIDERS, Problem, Provider, truth, what_failed, why_not
 
 SMALL = (48, 80, 16)
@@ -291,10 +291,7 @@ def test_row_lse_runs(tmp_path, capsys, no_child):
     assert (tmp_path / "row_lse_cpu_float32.png").stat().st_size > 10_000
 
 
-@pytest.mark.filterwarnings("default")  # importing the compiler warns in torch 2.13
 def test_maskd_runs(tmp_path, no_child):
-    from benchmarks import maskd  # asks for the compiler
-
     providers = ("materialising", "channels first", "ours", "one read")
     options = ["--rounds", "1", "--output", str(tmp_path)]
     options += ["--case", "detection", "2", "16", "3", "12", "14"]

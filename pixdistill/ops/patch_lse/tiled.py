@@ -140,9 +140,8 @@ def _all_sums(
     torch.threshold_(weights, _NOTHING, 0.0)
     total = weights.sum(dim=2, keepdim=True)
     mean = None
-    if (
-        with_grad
-    ):  # sum_j weights_ij * slope(s_i - t_j): what autograd calls for the gradient of cdist
+    if with_grad:
+        # sum_j weights_ij * slope(s_i - t_j): what autograd calls for the gradient of cdist
         mean = torch.ops.aten._cdist_backward(weights.div_(total), s, t, order, length)
     return total.squeeze(2), mean
 
