@@ -71,6 +71,7 @@ def _rank(
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    dist.barrier()  # a rank that left before all are connected would make the others' start fail
     barrier = dist.barrier  # the function may replace it
     result: Any
     try:
