@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import report
 from .peer_providers import PROVIDERS
@@ -42,10 +42,12 @@ HEAD = """# Benchmarks
 <!-- Written by `python -m benchmarks page` from benchmarks/results; edit that, not this. -->
 
 All figures on this page come from the files in `benchmarks/results`, made on the machines named below.
-`pip install -e ".[bench,peers]"` in a checkout brings what the commands need. Times are medians of runs
-that take turns in one process, forward plus backward. Extra memory is the peak minus what was there
-before: on a CPU the rise of the resident set in a fresh process, on CUDA the allocator's peak. Errors
-are relative, against float64.
+`pip install -e ".[bench,peers]"` in a checkout brings what the commands need. Times are medians, forward
+plus backward, of runs that take turns in one process (for the growth with $N$, one provider after
+another). Long runs are repeated less often: where the number differs, a column says it. Extra memory is
+the peak minus what was there before: on a CPU the rise of the resident set in a process of its own, with
+an allocator that keeps nothing of what is freed; on CUDA the allocator's peak. Errors are relative,
+against float64.
 """
 
 PEERS = """
@@ -56,8 +58,10 @@ The keys are frozen unit vectors, and key $i$ is the positive of query $i$:
 loss = F.cross_entropy(scale * F.normalize(query, dim=1) @ keys.T, torch.arange(N))
 ```
 
-`TFLOP/s` counts $4NMD$ operations for everyone, whatever they do. The command tries every provider, and
-gives what it said where it does not run. What is particular about each:
+So normalising the queries is part of every figure; `row_lse` by itself stands
+[below](#each-operator-by-itself). `TFLOP/s` counts $4NMD$ operations for everyone, whatever they do. The
+command tries every provider, and gives what it said where it does not run. What is particular about
+each:
 """
 
 SCALING = """
@@ -70,13 +74,13 @@ model" is the time over that.
 RING = """
 ### What a whole cluster's batch would cost: a model
 
-These tables are **a model, not a measurement**: the loss of {rows} pixels on each rank against those of
-all ranks, with `gather_mode="ring"`
-([how](pixel_contrast.md#all-at-once-or-around-a-ring)), forward and backward. A rank sends its block of
-keys $W - 1$ times, each while a block is used; backward sends nothing. The bandwidth to the neighbours
-is an assumption: {link:.0f} GB/s each way (`--link`). For comparison: the memory that the keys of all
-ranks take with `gather_mode="all"`, and one float32 matrix of a rank's logits, of which plain code holds
-several.
+These tables are **a model, not a measurement**, and one that has no exponentials, so that it bounds the
+time from below: the loss of {rows} pixels on each rank against those of all ranks, with
+`gather_mode="ring"` ([how](pixel_contrast.md#all-at-once-or-around-a-ring)), forward and backward. A
+rank sends its block of keys $W - 1$ times, each while a block is used; backward sends nothing. The
+bandwidth to the neighbours is an assumption: {link:.0f} GB/s each way (`--link`). For comparison: the
+memory that the keys of all ranks take with `gather_mode="all"`, and one float32 matrix of a rank's
+logits, of which plain code holds several.
 """
 
 
@@ -133,7 +137,8 @@ def _machine(facts: dict[str, Any]) -> str:
     device = f"{facts['gpu']}, {facts['gpu_memory_gib']} GiB" if "gpu" in facts else ""
     threads = f"{facts['threads']} thread" + ("s" if facts["threads"] != 1 else "")
     host = f"{facts['processor']}, {threads}"
-    versions = ", ".join(f"{key} {facts[key]}" for key in ("torch", "triton", "python"))
+    packages = ("pixdistill", "torch", "triton", "python")
+    versions = ", ".join(f"{key} {facts[key]}" for key in packages)
     return f"On {device + ' in ' if device else ''}{host}; {versions}."
 
 
@@ -175,14 +180,14 @@ def _peers(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
     squares = [size for size in sizes if size[0] == size[1]]
     for size in (squares[-1:] if squares else []) + at_pcd:
         own = (
-            ", the rows and keys of PCD: 8 maps of 28 x 28 pixels against its queue"
+            ", PCD's setting: the 7 x 7 pixels of 128 images, an eighth of its batch, against its queue"
             if size == PCD
             else ""
         )
         yield f"\n{_named(size)}{own}:\n"
         mine = sorted((r for r in done if _size(r) == size), key=lambda r: r["seconds"])
         yield _table([_peer_row(record) for record in mine])
-    yield _picture(results, f"{name}_pcd", "Time and extra memory with the rows and keys of PCD")
+    yield _picture(results, f"{name}_pcd", "Time and extra memory in PCD's setting")
     yield _picture(results, name, "Time and extra memory against N")
     yield f"\nAll sizes are in `benchmarks/results/{name}.json`.\n"
     yield "\n**Where a peer is faster, and why.** "
@@ -192,7 +197,11 @@ def _peers(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
 
 def _peer_row(record: dict[str, Any]) -> dict[str, str]:
     row = {"provider": record["provider"], "TFLOP/s": report.tflops(record)}
-    return row | report.cells(record)
+    return row | report.cells(record) | _runs(record)
+
+
+def _runs(record: dict[str, Any]) -> dict[str, str]:
+    return {"runs": str(record["runs"])} if "runs" in record else {}
 
 
 def _ours(records: Records, size: tuple[int, ...]) -> dict[str, Any] | None:
@@ -201,43 +210,53 @@ def _ours(records: Records, size: tuple[int, ...]) -> dict[str, Any] | None:
     return min(mine, key=lambda record: record["seconds"], default=None)
 
 
-def faster_peers(
-    done: Records, sizes: list[tuple[int, int, int]]
-) -> dict[str, list[tuple[tuple[int, int, int], float]]]:
-    """By peer, the sizes at which all its runs beat all of ours, and the share of our time it takes."""
-    found: dict[str, list[tuple[tuple[int, int, int], float]]] = {}
+class Win(NamedTuple):
+    """A size at which a peer is faster."""
+
+    size: tuple[int, int, int]
+    share: float  # of our median time
+    overlap: bool  # of its runs and ours
+
+
+def faster_peers(done: Records, sizes: list[tuple[int, int, int]]) -> dict[str, list[Win]]:
+    """By peer, the sizes at which its median is below ours."""
+    found: dict[str, list[Win]] = {}
     for size in sizes:
         ours = _ours(done, size)
         for record in done:
             if ours is None or _size(record) != size or record["provider"].startswith("ours"):
                 continue
-            if record["slowest"] < ours["fastest"]:
-                share = record["seconds"] / ours["seconds"]
-                found.setdefault(record["provider"], []).append((size, share))
+            share = record["seconds"] / ours["seconds"]
+            if share < 1:
+                overlap = record["slowest"] >= ours["fastest"]
+                found.setdefault(record["provider"], []).append(Win(size, share, overlap))
     return found
 
 
 def _faster(done: Records, sizes: list[tuple[int, int, int]]) -> Iterator[str]:
     found = faster_peers(done, sizes)
     if not found:
-        yield "At no size measured here: no peer's slowest run beats our fastest.\n"
-        return
-    yield "Where a peer's slowest run beats our fastest, in shares of our median time:\n\n"
-    for name, wins in found.items():
-        places = "; ".join(f"{share:.2f} at {_named(size)}" for size, share in wins)
-        yield f"- {name}: {places}. Reason: {REASONS[name]}.\n"
-    leaner = sorted(
-        {
-            record["provider"]
-            for record in done
-            if (ours := _ours(done, _size(record))) and record["extra_bytes"] < ours["extra_bytes"]
-        }
-        & set(found)
-    )
-    if leaner:
-        yield f"\nOf these, less extra memory than ours at some size: {', '.join(leaner)}.\n"
+        yield "At no size measured here: no peer's median is below ours.\n"
     else:
-        yield "\nNone of these needs less extra memory than ours at any size.\n"
+        yield "By the medians, in shares of ours; ~ where slowest and fastest runs overlap:\n\n"
+    for name, wins in found.items():
+        places = "; ".join(
+            f"{'~' * win.overlap}{win.share:.2f} at {_named(win.size)}" for win in wins
+        )
+        yield f"- {name}: {places}. Reason: {REASONS[name]}.\n"
+    leaner: dict[str, list[str]] = {}
+    for size in sizes:
+        ours = _ours(done, size)
+        for record in done:
+            if ours and _size(record) == size and record["extra_bytes"] < ours["extra_bytes"]:
+                share = record["extra_bytes"] / ours["extra_bytes"]
+                leaner.setdefault(record["provider"], []).append(f"{share:.2f} at {_named(size)}")
+    if leaner:
+        yield "\n**Where a peer needs less extra memory**, in shares of ours:\n\n"
+    else:
+        yield "\nNone needs less extra memory than ours at any size.\n"
+    for name, places_of in leaner.items():
+        yield f"- {name}: {'; '.join(places_of)}.\n"
 
 
 def _left_out(records: Records) -> Iterator[str]:
@@ -270,14 +289,23 @@ def _scaling(content: dict[str, Any], results: Path, name: str) -> Iterator[str]
     rings = content["rings"]
     first = rings["measured"][0]
     yield RING.format(rows=first["pixels"] // first["ranks"], link=here["link"] / 1e9)
-    yield "\nRanks as fast as the machine measured here:\n"
+    ratios = [
+        record["seconds"] / record["model_seconds"]
+        for record in content["records"]
+        if record["provider"].startswith("ours") and record["N"] >= FITTED_FROM
+    ]
+    yield "\nRanks as fast as the machine measured here"
+    if ratios:
+        yield f" (where it ran, it took {min(ratios):.2f} to {max(ratios):.2f} times the model's time)"
+    yield ":\n"
     yield _table(ring_rows(rings["measured"]))
     assumed = rates["assumed"]
     yield (
         f"\nGPUs assumed to make {assumed['operations'] / 1e12:.0f} TFLOP/s of products in bfloat16, "
         f"to move {assumed['bytes'] / 1e12:.2f} TB/s,\nand to send "
         f"{assumed['link'] / 1e9:.0f} GB/s to a neighbour. "
-        "Published figures of an H100; nothing of it was measured here:\n"
+        "Published figures of an H100, which no kernel reaches all the time; nothing of it was measured "
+        "here:\n"
     )
     yield _table(ring_rows(rings["assumed"]))
 
@@ -287,6 +315,8 @@ def _scaling_row(record: dict[str, Any]) -> dict[str, str]:
         "N = M": str(record["N"]),
         "provider": record["provider"],
         "seconds": f"{record['seconds']:.3g}",
+        "spread": f"{record['fastest']:.3g} to {record['slowest']:.3g}",
+        **_runs(record),
         "model": f"{record['model_seconds']:.3g}",
         "measured / model": f"{record['seconds'] / record['model_seconds']:.2f}",
         "extra MiB": f"{record['extra_bytes'] / 2**20:.1f}",
@@ -294,17 +324,15 @@ def _scaling_row(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _row_lse(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    yield "\n`row_lse` alone, beside the two bare products of its floor"
-    yield " ([words](pixel_contrast.md#memory-and-time)):\n"
-    keep = ("plain torch", "two products", "flash attention", "ours: torch", "ours: triton")
-    done = [r for r in _done(content["records"]) if r["provider"] in keep]
+    yield "\n`row_lse` alone ([words](pixel_contrast.md#memory-and-time)). The two bare products"
+    yield " write and read the N x M matrix, which blocks in a cache need not:\n"
+    done = _done(content["records"])
     yield _table([{"N x M, D": _named(_size(record))} | _peer_row(record) for record in done])
 
 
 def _maskd(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
     yield "\nMasked distillation ([words](masked_distillation.md)):\n"
-    keep = ("materialising", "ours", "ours, compiled", "one read")
-    done = [r for r in content["records"] if r["provider"] in keep]
+    done = _done(content["records"])
     yield _table(
         [
             {"case": "{variant}, B {B}, C {C}, T {T}, {H} x {W}".format(**record)}

@@ -188,7 +188,13 @@ def lightly(query: Tensor, problem: Problem) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _memory_bank(problem: Problem) -> Any:
-    from lightly.loss import NTXentLoss
+    try:
+        from lightly.loss import NTXentLoss
+    except RuntimeError:  # torchvision lacks its operators beside a torch made for another device;
+        for name in ("nms", "qnms"):  # its import needs their names, and this loss none of them
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", signature)
+        from lightly.loss import NTXentLoss
 
     criterion = NTXentLoss(problem.temperature, memory_bank_size=tuple(problem.keys.shape))
     criterion.memory_bank.bank = problem.keys.clone()

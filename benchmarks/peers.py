@@ -22,14 +22,18 @@ from . import report
 from .peer_providers import PROVIDERS, Problem, truth, what_failed, why_not
 
 Size = tuple[int, int, int]
-PCD: Size = (6272, 65536, 128)  # 8 maps of 28 x 28 pixels against PCD's queue
+PCD: Size = (
+    6272,
+    65536,
+    256,
+)  # 128 maps of 7 x 7 pixels, an eighth of its batch, against its queue
 SIZES: dict[str, list[Size]] = {
     "cpu": [*((n, n, 128) for n in (256, 512, 1024, 2048, 4096, 8192)), PCD],
     "cuda": [
         *((n, n, 128) for n in (512, 1024, 4096, 16384, 65536, 262144)),
         *((16384, 16384, width) for width in (64, 256, 512, 2048, 8192)),
         PCD,
-        (6272, 65536, 256),
+        (6272, 65536, 128),
         (12544, 262144, 128),
     ],
 }

@@ -24,6 +24,7 @@ from torch import Tensor
 import pixdistill
 
 RESULTS = Path(__file__).parent / "results"
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,6 +72,9 @@ def fresh_process(command: list[str]) -> list[int]:
 def resident_rise(run: Callable[[], object]) -> int:
     """How far one run lifts this process's resident peak above where it starts (Linux)."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.mallopt(
+            _MMAP_THRESHOLD, 2**16
+        )  # else glibc keeps blocks of up to 32 MiB that were freed
         libc.malloc_trim(0)  # what a warm-up freed must not hide what the run takes
     Path("/proc/self/clear_refs").write_text("5")  # start a new peak
     before = _status("VmRSS")

@@ -244,7 +244,7 @@ def ring_rows(rows: list[dict[str, float]]) -> list[dict[str, str]]:
         {
             "ranks": f"{row['ranks']}",
             "pixels in all": f"{row['pixels']}",
-            "seconds a step": _short(row["seconds"]),
+            "seconds a step, at least": _short(row["seconds"]),
             "of it waiting for the link": _short(row["waiting"]),
             "sent by a rank, MiB": f"{row['sent_bytes'] / 2**20:.0f}",
             "keys held, ring, MiB": f"{row['ring_bytes'] / 2**20:.0f}",

@@ -177,6 +177,8 @@ def main() -> int:
         importlib.import_module(name)
     words = arguments.only.split()
     chosen = [fault for fault in FAULTS if all(word in " ".join(fault) for word in words)]
+    if not chosen:
+        parser.error(f"no fault has the words {arguments.only!r}")
     with tempfile.TemporaryDirectory() as folder:
         copies = [Copy(Path(folder) / str(number)) for number in range(arguments.jobs)]
         clean = [Job(tests, None) for tests in dict.fromkeys(fault.tests for fault in chosen)]

@@ -241,7 +241,8 @@ def test_the_page_says_who_is_faster(tmp_path):
     records = [
         timed("ours: torch", 10.0, 2**20),
         timed("plain torch", 2.0, 2**22),  # 2 to 4 seconds against 10 to 12
-        timed("checkpointed chunks", 9.0, 2**10),  # overlaps
+        timed("checkpointed chunks", 9.0, 2**19),  # 9 to 11: overlaps
+        timed("inf-cl", 10.0, 2**20),  # no faster
         timed("ours: torch", 10.0, 2**20, size=1024),
         timed("plain torch", 20.0, 2**22, size=1024),
         {"N": 1024, "M": 1024, "D": 8, "provider": "lightly", "skipped": "no wings"},
@@ -253,15 +254,18 @@ def test_the_page_says_who_is_faster(tmp_path):
     assert (
         f"- plain torch: 0.27 at 512 x 512, D 8. Reason: {page.REASONS['plain torch']}.\n" in text
     )
-    assert "- checkpointed chunks:" not in text
-    assert "None of these needs less extra memory" in text
+    assert "- checkpointed chunks: ~0.91 at 512 x 512, D 8. Reason: " in text
+    assert "- inf-cl:" not in text
+    assert "less extra memory**, in shares of ours:\n\n- checkpointed chunks: 0.50 at 512 x" in text
     assert "- lightly at 1024 x 1024, D 8: `no wings`\n" in text
 
 
 def test_the_page_says_when_nobody_is_faster(tmp_path):
     records = [timed("ours: torch", 1.0, 2**20), timed("plain torch", 20.0, 2**22)]
     report.save("peers_cpu_float32", records, "cpu", tmp_path, packages={}, memory_limit_gib=4)
-    assert "At no size measured here" in page.render(tmp_path)
+    text = page.render(tmp_path)
+    assert "At no size measured here" in text
+    assert "None needs less extra memory than ours" in text
 
 
 # -- the commands, at tiny sizes
