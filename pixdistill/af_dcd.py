@@ -30,6 +30,7 @@ from ._checks import (
     check_positive,
     check_same_pixels,
     check_share,
+    frozen,
 )
 from ._projectors import projector_of
 from .ops.patch_lse import BACKENDS, DISTANCES, NEGATIVES, patch_lse
@@ -82,7 +83,7 @@ def af_dcd_terms(
         ragged: what happens to a map that pool_size and patch_size do not divide. "error" raises;
             "pad" fills the last windows and patches up with pixels that take no part.
         mimic_reduction: "sum" over all numbers, divided by B, or "mean" over all numbers. The sum is
-            the mean times C * H * W.
+            the mean times C and the (valid) pixels of an image.
         valid_mask: `[B, H, W]` bool. A pixel that is False takes part in neither term, nor in pooling.
         backend: as in `ops.patch_lse`.
 
@@ -111,13 +112,13 @@ def af_dcd_terms(
             f"times patch_size, divide; got {tuple(student.shape)}. Resize them, choose other sizes, or "
             'take ragged="pad".'
         )
-    teacher = teacher.detach()
+    teacher = frozen(teacher)
     mimic = _mimic(student, teacher, mimic_reduction, valid_mask)
     if pool != (1, 1):
         whole = ragged == "error"
         student, teacher = (_pool(x, pool, valid_mask, whole) for x in (student, teacher))
         if valid_mask is not None:
-            valid_mask = _pool(valid_mask.float(), pool, None, whole) > 0
+            valid_mask = _pool(valid_mask.unsqueeze(1).float(), pool, None, whole)[:, 0] > 0
     margin = patch_lse(
         student,
         teacher,
@@ -260,12 +261,13 @@ class AfDCDLoss(nn.Module):
             drop_mask = ~valid_mask if drop_mask is None else drop_mask | ~valid_mask
         if self.align is not None:
             student = self.align(student)
-        if drop_mask is not None:
-            student = student.masked_fill(drop_mask.unsqueeze(1), 0.0)
+        if drop_mask is not None:  # a product, so that a NaN shows in the loss
+            student = student * ~drop_mask.unsqueeze(1)
         rebuilt = self.projector(student)
-        if rebuilt.shape != teacher.shape:
+        made = getattr(rebuilt, "shape", type(rebuilt))
+        if made != teacher.shape:
             raise ValueError(
-                f"projector must keep the shape {tuple(teacher.shape)}; it made {tuple(rebuilt.shape)}"
+                f"projector must keep the shape {tuple(teacher.shape)}; it made {made}"
             )
         return af_dcd_terms(
             rebuilt,
@@ -327,18 +329,16 @@ def _check_groups(name: str, channels: int, groups: int) -> None:
 def _mimic(student: Tensor, teacher: Tensor, reduction: str, valid_mask: Tensor | None) -> Tensor:
     """Squared distance of the valid pixels: its sum divided by B, or its mean."""
     batch, channels = student.shape[:2]
-    pixels: int | Tensor = student[:, 0].numel()
     if valid_mask is not None:
         hidden = ~valid_mask.unsqueeze(1)
         student, teacher = student.masked_fill(hidden, 0.0), teacher.masked_fill(hidden, 0.0)
-        pixels = valid_mask.sum()
     dtype = torch.promote_types(student.dtype, torch.float32)  # a sum may exceed float16
     total = F.mse_loss(student.to(dtype), teacher.to(dtype), reduction="sum")
     if reduction == "sum":
         return total / max(batch, 1)
-    if isinstance(pixels, Tensor):
-        return total / (channels * pixels.clamp_min(1))
-    return total / max(channels * pixels, 1)
+    if valid_mask is not None:
+        return total / (channels * valid_mask.sum().clamp_min(1))
+    return total / max(student.numel(), 1)
 
 
 def _pool(x: Tensor, pool: tuple[int, int], valid_mask: Tensor | None, whole: bool) -> Tensor:

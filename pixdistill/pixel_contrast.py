@@ -28,10 +28,11 @@ from ._checks import (
     check_mask,
     check_positive,
     check_rows,
+    frozen,
 )
 from .distributed import all_blocks, ring_blocks, total, world_size
 from .ops.joined_row_lse import joined_row_lse
-from .ops.row_lse import BACKENDS, row_lse_and_max
+from .ops.row_lse import BACKENDS, as_operand, row_lse_and_max
 from .pixel_queue import PixelQueue, unit_vectors
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -108,7 +109,8 @@ class PixelContrastLoss(nn.Module):
             "queue", the vectors of `queue` (PCD); or a tuple of "queue" with one of the others.
         queue: the `PixelQueue` that "queue" reads. It becomes a submodule, saved with this one, and
             moves only when `queue.enqueue` or `queue.enqueue_pooled` is called.
-        normalize: use cosine similarities, as PCD does; False keeps the vectors as they are.
+        normalize: use cosine similarities, as PCD does; False keeps the maps' vectors as they are. A
+            `PixelQueue` holds unit vectors in any case, so that it suits False only for maps of such.
         learnable_temperature: makes tau a parameter (its logarithm, `log_temperature`).
         reduction: "mean" over valid pixels, "sum", or "none" for a loss per pixel `[B, *spatial]`.
         backend: "auto", "triton", "torch" or "reference", see `ops.row_lse`.
@@ -161,9 +163,13 @@ class PixelContrastLoss(nn.Module):
         self.normalize, self.reduction, self.backend = normalize, reduction, backend
         self.gather_distributed, self.gather_mode = gather_distributed, gather_mode
         self._temperature = float(temperature)
-        self.log_temperature = (
-            nn.Parameter(torch.full((1,), math.log(temperature))) if learnable_temperature else None
-        )
+        self.log_temperature = nn.Parameter(torch.empty(1)) if learnable_temperature else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learnable temperature to the one given."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self._temperature))
 
     @property
     def temperature(self) -> float | Tensor:
@@ -185,10 +191,7 @@ class PixelContrastLoss(nn.Module):
         """The loss with the contrast accuracy and the mean positive similarity, in the same pass."""
         terms = self._terms(student, teacher, valid_mask, with_max=True)
         loss = self._finish(terms.loss, student, valid_mask, self.reduction)
-        logged = [
-            self._finish(values, student, valid_mask, "mean")
-            for values in (terms.wins, terms.similarity)
-        ]
+        logged = [self._finish(values, student, valid_mask, "mean") for values in terms[1:]]
         if self._gathers:
             logged = [total(mean) / world_size() for mean in logged]
         return PixelContrastComponents(loss, *logged)
@@ -268,12 +271,14 @@ def _contrast(
         temperature = temperature.reshape(()).to(torch.promote_types(student.dtype, torch.float32))
     if not in_batch and queue_keys is None:
         raise ValueError("queue_keys must be given when in_batch is False: there is no negative")
-    teacher = teacher.detach()
+    teacher = frozen(teacher)
     if valid_mask is not None:  # also keeps a NaN at an invalid pixel out of every gradient
         student = student.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
         teacher = teacher.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
     if normalize:
-        student, teacher = unit_vectors(student), unit_vectors(teacher)
+        # the teacher's unit vectors are not rounded to a dtype that is coarser than the student's
+        teacher = unit_vectors(teacher.to(torch.promote_types(student.dtype, teacher.dtype)))
+        student = unit_vectors(student, differentiable_twice=backend == "reference")
 
     scale = 1.0 / temperature
     bound = scale if normalize and not isinstance(scale, Tensor) else None
@@ -286,14 +291,14 @@ def _contrast(
     sources: list[tuple[Tensor, Tensor | None, int | None]] = []
     parts: list[tuple[Tensor, Tensor | None]] = []
     if gather_mode == "ring":
-        blocks = ring_blocks(_as_operand(teacher), valid_mask)
+        blocks = ring_blocks(as_operand(teacher), valid_mask)
         parts.append(joined_row_lse(student, blocks, scale, **options))
     elif gather_mode == "all":
-        sources.append(all_blocks(_as_operand(teacher), valid_mask))
+        sources.append(all_blocks(as_operand(teacher), valid_mask))
     elif in_batch:
-        sources.append((teacher, valid_mask, 0))
+        sources.append((as_operand(teacher), valid_mask, 0))
     if queue_keys is not None and (queue_keys.shape[0] > 0 or not in_batch):
-        sources.append((queue_keys.detach(), None, None))
+        sources.append((frozen(queue_keys), None, None))
     parts += [
         row_lse_and_max(
             student, keys, scale, key_mask=key_mask, exclude_offset=exclude_offset, **options
@@ -302,17 +307,13 @@ def _contrast(
     ]
     lse = functools.reduce(torch.logaddexp, [part for part, _ in parts])
     loss = F.softplus(lse - positive, threshold=40)  # exact to rounding in float64 too
-    reach = positive.detach() + 1e-5 * positive.detach().abs()  # a tie is a tie to rounding only
-    beaten = [top <= reach for _, top in parts if top is not None]
-    wins = functools.reduce(torch.logical_and, beaten).to(dtype) if beaten else loss.detach()
+    wins = loss.detach()
+    if with_max:
+        tie = (as_operand(student).to(dtype) * as_operand(teacher).to(dtype)).sum(dim=-1).detach()
+        reach = scale * tie + 1e-5 * (scale * tie).abs()  # a tie to rounding of what is multiplied
+        beaten = [top <= reach for _, top in parts if top is not None]
+        wins = functools.reduce(torch.logical_and, beaten).to(dtype)
     return _Terms(loss, wins, similarity.detach())
-
-
-def _as_operand(keys: Tensor) -> Tensor:
-    """Keys in the dtype that their products are made in: half the traffic under autocast."""
-    if torch.is_autocast_enabled(keys.device.type) and keys.dtype != torch.float64:
-        return keys.to(torch.get_autocast_dtype(keys.device.type))
-    return keys
 
 
 def _reduce(

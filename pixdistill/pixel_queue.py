@@ -10,14 +10,20 @@ from .distributed import broadcast, gather_rows, world_size
 MIN_NORM = 1e-12
 
 
-def unit_vectors(vectors: Tensor) -> Tensor:
+def unit_vectors(vectors: Tensor, *, differentiable_twice: bool = False) -> Tensor:
     """`vectors / |vectors|` over the last axis, in their dtype; zero, with zero gradient, at zero.
 
-    The norm is taken in float32 (float64 for float64). NaN and inf give NaN.
+    The norm is taken in float32 (float64 for float64). NaN and inf give NaN, and so does a vector whose
+    squares overflow. The second derivative at zero is NaN unless `differentiable_twice`, for a copy.
     """
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    inverse = norm.masked_fill(norm <= MIN_NORM, torch.inf).reciprocal()
+    short, long = norm <= MIN_NORM, norm == torch.inf
+    if differentiable_twice:
+        norm = torch.linalg.vector_norm(
+            vectors.masked_fill(short, 1.0), dim=-1, keepdim=True, dtype=dtype
+        )
+    inverse = norm.masked_fill(short, torch.inf).reciprocal().masked_fill(long, torch.nan)
     return (vectors * inverse).to(vectors.dtype)
 
 

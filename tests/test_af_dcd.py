@@ -356,17 +356,56 @@ def test_nan_at_a_valid_pixel_shows(side):
         assert all(part.isnan() for part in parts)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_nan_at_a_dropped_pixel_shows(channels):
+    """Or only the gradient of the alignment would have it."""
+    drop_mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    drop_mask[0, 2, 3] = True
+    student, teacher = torch.ones(1, channels, 4, 6), torch.zeros(1, 4, 4, 6)
+    student[0, 0, 2, 3] = torch.nan
+    assert AfDCDLoss(channels, 4, **SMALL)(student, teacher, drop_mask=drop_mask).isnan()
+
+
+def test_teacher_and_masks_may_come_from_inference_mode():
+    with torch.inference_mode():
+        teacher, valid_mask, drop_mask = torch.randn(1, 4, 4, 6), *some_mask(2, 1, 4, 6).clone()
+    student = torch.randn(1, 4, 4, 6, requires_grad=True)
+    for pool in (None, (2, 1)):
+        loss = AfDCDLoss(4, 4, **SMALL | {"pool_size": pool})
+        loss(student, teacher, valid_mask=valid_mask, drop_mask=drop_mask).backward()
+    assert teacher.is_inference()
+    assert student.grad.norm() > 0
+
+
+@pytest.mark.parametrize("margin", [25.0, 45.0])
+def test_a_row_far_from_its_positive_is_exact(margin):
+    """Two pixels, one group: the margin of a row is the difference of two distances."""
+    student = torch.tensor([[[[0.0, margin / 2]]]], dtype=torch.float64)
+    teacher = torch.tensor([[[[margin, 0.0]]]], dtype=torch.float64)
+    options = {"contrast": "spatial", "patch_size": (1, 2), "pool_size": None, "temperature": 1.0}
+    contrast = af_dcd_terms(student, teacher, **options).contrast
+    rows = torch.tensor([margin, 0.0], dtype=torch.float64)
+    assert_close(contrast, torch.log1p(rows.exp()).mean(), 1e-15)
+
+
+def test_the_mask_is_drawn_on_the_device_of_the_input():
+    loss = AfDCDLoss(3, 4, **SMALL).to("meta")
+    loss(torch.ones(1, 3, 4, 6, device="meta"), torch.ones(1, 4, 4, 6, device="meta"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("case", ["nothing valid", "empty batch"])
-def test_nothing_to_compare_is_zero_attached_to_the_graph(backend, reduction, case):
+@pytest.mark.parametrize("case", ["nothing valid", "empty batch", "empty batch and mask"])
+@pytest.mark.parametrize("pool", [None, (2, 1)], ids=str)
+def test_nothing_to_compare_is_zero_attached_to_the_graph(backend, reduction, case, pool):
     device = device_of(backend)
-    batch = 0 if case == "empty batch" else 2
-    loss = AfDCDLoss(3, 4, **SMALL, mimic_reduction=reduction, backend=backend).to(device)
+    batch = 2 if case == "nothing valid" else 0
+    options = SMALL | {"pool_size": pool, "ragged": "pad", "mimic_reduction": reduction}
+    loss = AfDCDLoss(3, 4, **options, backend=backend).to(device)
     student = torch.ones(batch, 3, 2, 3, device=device, requires_grad=True)
     teacher = torch.ones(batch, 4, 2, 3, device=device)
     mask = torch.zeros(batch, 2, 3, dtype=torch.bool, device=device)
-    total = loss(student, teacher, valid_mask=mask if batch else None)
+    total = loss(student, teacher, valid_mask=None if case == "empty batch" else mask)
     total.backward()
     assert total == 0
     assert torch.equal(student.grad, torch.zeros_like(student))
@@ -679,6 +718,17 @@ def test_a_projector_that_changes_the_shape_is_named():
     loss = AfDCDLoss(3, 4, **SMALL, projector=nn.Conv2d(4, 4, 2))
     with pytest.raises(ValueError, match="projector must keep the shape"):
         loss(S, T)
+    loss.projector = nn.Module()
+    loss.projector.forward = lambda x: (x, x)
+    with pytest.raises(
+        ValueError, match=r"projector must keep the shape .* it made <class 'tuple'>"
+    ):
+        loss(S, T)
+    for words in ({"ragged": "crop"}, {"mimic_reduction": "none"}):
+        with pytest.raises(ValueError, match=f"{next(iter(words))} must be one of"):
+            af_dcd_terms(T, T, num_groups=2, **words)
+    with pytest.raises(TypeError, match="valid_mask must be"):
+        af_dcd_terms(T, T, num_groups=2, valid_mask=T)
     with pytest.raises(ValueError, match="num_groups must divide the student's 4 channels; got 3"):
         af_dcd_terms(T, T, num_groups=3)
     with pytest.raises(ValueError, match="equal to teacher's"):

@@ -543,6 +543,13 @@ def test_pixels_without_direction_count_as_zero_vectors_with_zero_gradient(backe
     assert torch.equal(all_zero[1], torch.zeros_like(student))
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_pixel_whose_squares_overflow_shows(side):
+    pair = list(maps(1, 8, 2, 2, dtype=torch.float32))
+    pair[side][0, :, 0, 0] = 3e19
+    assert pixel_contrast_loss(*(rows_of(x) for x in pair), reduction="none")[0].isnan()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_small_and_large_pixels_have_a_direction(backend, dtype):
@@ -766,10 +773,11 @@ def test_a_frozen_student_gives_a_loss_without_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float64, 5e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)],
+    [(torch.float64, 5e-6), (torch.float16, 5e-6), (torch.bfloat16, 5e-6)],
     ids=str,
 )
 def test_teacher_may_have_another_dtype(backend, dtype, tolerance):
+    """Its unit vectors are not rounded to a dtype that is coarser than the student's."""
     student, teacher = maps(2, 16, 3, 4)
     student, teacher = student.float(), teacher.to(dtype)
     keys = unit(5, 16, seed=2, dtype=dtype)
@@ -1159,6 +1167,15 @@ def test_ties_count_for_the_positive(backend, temperature):
     assert (rows_of(student) * rows_of(teacher)).sum(dim=1).min() < 0  # also below zero
 
 
+def test_ties_under_autocast_count_for_the_positive():
+    """Both are judged by the rounded operands that the pass multiplies; the loss is not."""
+    student, _ = maps(2, 32, 4, 4, dtype=torch.float32)
+    teacher = maps(1, 32, 1, 1, seed=2, dtype=torch.float32)[1].expand_as(student)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert PixelContrastLoss().components(student, teacher).accuracy == 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy_sees_a_rival_that_is_slightly_better(backend):
     device = device_of(backend)
@@ -1351,9 +1368,41 @@ def test_second_order_gradients_raise_or_are_right():
     (grad,) = torch.autograd.grad(pixel_contrast_loss(student, teacher), student, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="reference"'):
         grad.square().sum().backward()
-    assert torch.autograd.gradgradcheck(
-        lambda s: pixel_contrast_loss(s, teacher, backend="reference"), (student,)
-    )
+
+    def reference(s):
+        return pixel_contrast_loss(s, teacher, backend="reference")
+
+    assert torch.autograd.gradgradcheck(reference, (student,))
+    with_zero = student.detach().clone()
+    with_zero[2] = 0
+    with_zero.requires_grad_()
+    (grad,) = torch.autograd.grad(reference(with_zero), with_zero, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), with_zero)
+    assert second.isfinite().all()
+    assert torch.equal(second[2], torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("negatives", ["batch", "image"])
+def test_teacher_mask_and_keys_may_come_from_inference_mode(backend, normalize, negatives):
+    with torch.inference_mode():
+        teacher, keys = torch.randn(2, 8, 4, 4), torch.randn(5, 8)
+        valid_mask = torch.rand(2, 4, 4) > 0.3
+    student = torch.randn(2, 8, 4, 4, requires_grad=True)
+    loss = PixelContrastLoss(negatives=negatives, normalize=normalize, backend=backend)
+    loss(student, teacher, valid_mask=valid_mask).backward()
+    rows = [rows_of(x) for x in (student, teacher)]
+    pixel_contrast_loss(*rows, queue_keys=keys, normalize=normalize, backend=backend).backward()
+    assert student.grad.norm() > 0
+
+
+def test_reset_parameters_starts_a_learnable_temperature_again():
+    with torch.device("meta"):
+        loss = PixelContrastLoss(0.05, learnable_temperature=True)
+    loss.to_empty(device="cpu").reset_parameters()
+    assert loss.temperature.item() == pytest.approx(0.05)
+    PixelContrastLoss().reset_parameters()
 
 
 # --- Compilation ----------------------------------------------------------------------------------

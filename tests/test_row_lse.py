@@ -602,6 +602,18 @@ META_MASK = torch.ones(5, dtype=torch.bool, device="meta")
         (TypeError, "keys must have a floating-point dtype", (Q, K.long(), 1.0), {}),
         (ValueError, r"query must have shape \[..., rows, D\]", (Q[0], K, 1.0), {}),
         (ValueError, "share a feature width", (Q, K[:, :3], 1.0), {}),
+        (
+            ValueError,
+            r"must broadcast; got \(2,\), \(3,\)",
+            (Q.expand(2, *Q.shape), K.expand(3, *K.shape), 1.0),
+            {},
+        ),
+        (
+            ValueError,
+            r"must broadcast; got \(\), \(3,\), \(2,\)",
+            (Q, K.expand(3, *K.shape), 1.0),
+            {"key_mask": torch.ones(2, 5).bool()},
+        ),
         (ValueError, "width of 1 to 8192", (Q[:, :0], K[:, :0], 1.0), {}),
         (ValueError, "width of 1 to 8192", (torch.zeros(1, 8193), torch.zeros(1, 8193), 1.0), {}),
         (ValueError, "keys must be on query's device", (Q, K.to("meta"), 1.0), {}),

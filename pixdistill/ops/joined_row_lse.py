@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .first_order import FirstOrderOnly
-from .row_lse import row_lse_and_max, row_lse_op
+from .row_lse import as_operand, row_lse_and_max, row_lse_op
 from .row_lse.tiled import accumulation_dtype
 
 Keys = tuple[Tensor, Tensor | None, int | None]
@@ -35,8 +35,7 @@ def joined_row_lse(
     Each block may be overwritten as soon as the next is asked for. Arguments as in `row_lse`; keys
     get no gradient. `backend="reference"` keeps the blocks, and asks for them all at first.
     """
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        query = query.to(torch.get_autocast_dtype(query.device.type))
+    query = as_operand(query)
     if backend == "reference":
         parts = [
             row_lse_and_max(

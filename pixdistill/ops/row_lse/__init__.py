@@ -23,6 +23,7 @@ from ..first_order import FirstOrderOnly
 from . import reference, tiled
 from .arguments import BACKENDS as BACKENDS
 from .arguments import Groups, check
+from .arguments import as_operand as as_operand
 
 # Widest features of the fused kernel: wider tiles spill registers (`python -m benchmarks kernels`).
 _FUSED_WIDTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
@@ -51,8 +52,8 @@ def row_lse(
         query: `[..., N, D]`, N >= 0, 1 <= D <= 8192. Its dtype is the one that products are made in,
             except under autocast, which casts it as it would for a matrix product.
         keys: `[..., M, D]`, M >= 0. Batch axes broadcast against those of `query`, and keys that are
-            shared by a batch are never copied for it. Another dtype than the query's is converted:
-            block by block in the streaming form, as one copy for the fused kernel.
+            shared by the whole batch are never copied for it. Another dtype than the query's is
+            converted: block by block in the streaming form, as one copy for the fused kernel.
         scale: a number, or a tensor of one element on the query's device. A tensor gets its gradient
             at no extra pass.
         key_mask: `[..., M]` bool, True = the key counts. A hidden key may hold NaN.
@@ -105,8 +106,7 @@ def row_lse_and_max(
     The second result is None unless `with_max`. A query that sees no key has -inf.
     """
     check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        query = query.to(torch.get_autocast_dtype(query.device.type))
+    query = as_operand(query)
     if backend == "reference":
         lse, largest = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
         return lse, largest if with_max else None

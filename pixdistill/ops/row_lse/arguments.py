@@ -7,6 +7,13 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_WIDTH = 8192
 
 
+def as_operand(x: Tensor) -> Tensor:
+    """In the dtype that a matrix product of it is made in: autocast's, if it is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 class Groups:
     """Brings broadcast batch axes to `[G, N, D]` and `[G, M, D]` without copying keys.
 
@@ -82,6 +89,16 @@ def check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend) ->
             raise ValueError(
                 f"key_mask must have one entry a key, {keys.shape[-2]}; got {key_mask.shape[-1]}"
             )
+    batches = [query.shape[:-2], keys.shape[:-2]]
+    if key_mask is not None:
+        batches.append(key_mask.shape[:-1])
+    try:
+        torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        raise ValueError(
+            f"the axes before the last two of query and keys, and before the last of key_mask, must "
+            f"broadcast; got {', '.join(str(tuple(batch)) for batch in batches)}"
+        ) from None
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point() or scale.device != query.device:
             raise ValueError(
