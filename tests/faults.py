@@ -680,6 +680,12 @@ FAULTS = [
             "_reach(map_, p, q) >= 2**63 for",
         ),
         (
+            "offset",
+            "long strides of the mask are taken for short ones",
+            "maps += [] if valid_mask is None else [valid_mask.unsqueeze(1)]",
+            "pass",
+        ),
+        (
             "swap",
             "the reach of a patch is that of its transpose",
             "(p - 1) * row + (q - 1) * column",

@@ -366,6 +366,24 @@ def test_offsets_beyond_32_bits(backend):
         assert torch.equal(patch_lse(near[0], far, **options), expected)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("patch", [(3, 1), (1, 3)], ids=str)
+def test_mask_offsets_beyond_32_bits(backend, patch):
+    """The mask lies in the middle, so that an offset of 32 bits reads False and not wild memory."""
+    device = device_of(backend)
+    big = torch.empty(2**32 + 2**10, dtype=torch.bool, device=device)
+    big[: 2**10] = False
+    strides = (1, 2**30, 64) if patch[0] > 1 else (1, 64, 2**30)
+    far = big[2**31 :].as_strided((1, 3, 3), strides)
+    near = torch.ones(1, 3, 3, dtype=torch.bool, device=device)
+    near[0, 1, 1] = False
+    far.copy_(near)
+    student, teacher = (x.to(device) for x in maps(1, 4, 3, 3))
+    options = {"groups": 2, "patch": patch, "temperature": 0.5, "backend": backend}
+    expected = patch_lse(student, teacher, valid_mask=near, **options)
+    assert torch.equal(patch_lse(student, teacher, valid_mask=far, **options), expected)
+
+
 def test_offsets_have_sixty_four_bits(tmp_path):
     """Also those of outputs, which no test could fill beyond 2^31."""
     narrow = run("tests/offsets.py", "patch_lse", env={"TRITON_CACHE_DIR": str(tmp_path)})

@@ -167,7 +167,8 @@ def patch_lse(
     if margin.numel() == 0:
         return margin, grad
     p, q = min(patch[0], height), min(patch[1], width)
-    maps = (student, teacher, margin) if grad is None else (student, teacher, grad)
+    maps = [student, teacher, margin if grad is None else grad]
+    maps += [] if valid_mask is None else [valid_mask.unsqueeze(1)]
     wide = any(_reach(map_, p, q) >= 2**31 for map_ in maps)
     launch = launch or launch_of(channels // groups, groups * p * q, wide)
     patches = batch * triton.cdiv(height, p) * triton.cdiv(width, q)
