@@ -581,6 +581,19 @@ def test_memory_is_a_block_whatever_the_patches():
     assert largest.size >= 2 * 1024**2 * 16  # the measurement sees what it should
 
 
+@pytest.mark.parametrize(("groups", "patch"), [(1, 4), (16, 4), (16, 1)])
+def test_memory_is_a_block_whatever_the_map(groups, patch, monkeypatch):
+    """Of a map eight times a block: one vector a pixel has few pairs, but as many numbers as others."""
+    monkeypatch.setattr(tiled, "_CPU_BLOCK", 2**14)
+    student, teacher = maps(2, 64, 32, 32)
+    options = {"groups": groups, "patch": (patch, patch), "temperature": 0.3, "backend": "torch"}
+    original, held = tiled._contrast, []
+    monkeypatch.setattr(tiled, "_contrast", lambda s, *a: held.append(s.numel()) or original(s, *a))
+    patch_lse(student, teacher, **options)
+    assert sum(held) == student.numel()
+    assert max(held) <= tiled._CPU_BLOCK
+
+
 # --- Properties -----------------------------------------------------------------------------------
 
 problems = st.fixed_dictionaries(
