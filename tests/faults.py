@@ -693,8 +693,36 @@ FAULTS = [
         ),
     ),
     *faults(
+        "ops/patch_lse/triton_kernels.py",
+        "tests/test_patch_lse.py -k layout_of_both",
+        (
+            "axis",
+            "any distance of two columns is taken for 1",
+            "return column == 1 and all(",
+            "return all(",
+        ),
+        (
+            "swap",
+            "the layout is the student's alone",
+            "_aligned(student) and _aligned(teacher)",
+            "_aligned(student)",
+        ),
+        (
+            "edge",
+            "rows may begin at multiples of 8",
+            "number % 16 == 0 for",
+            "number % 8 == 0 for",
+        ),
+    ),
+    *faults(
         "ops/patch_lse/launch.py",
         "tests/test_patch_lse.py -k 'launch_rule or tile'",
+        (
+            "factor",
+            "maps of any strides get a whole tile",
+            "_TILE if aligned else _TILE // 2",
+            "_TILE",
+        ),
         (
             "swap",
             "wide kernels get the fewer registers",
