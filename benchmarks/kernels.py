@@ -6,6 +6,7 @@ that it ships reads the binary.
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
@@ -86,7 +87,10 @@ class RowCase:
 
 @dataclass(frozen=True)
 class PatchCase:
-    """One specialisation of the kernel of `patch_lse`: patch x patch pixels of this many groups."""
+    """One specialisation of the kernel of `patch_lse`: patch x patch pixels of this many groups.
+
+    The flag ALIGNED stands for maps of whole runs of 16 numbers; without it, any strides are meant.
+    """
 
     arch: str
     dtype: str
@@ -99,7 +103,8 @@ class PatchCase:
     @property
     def launch(self) -> patch_launch.Launch:
         vectors = self.groups * self.patch**2
-        return patch_launch.launch_of(self.width, vectors, "WIDE" in self.flags)
+        aligned, wide = "ALIGNED" in self.flags, "WIDE" in self.flags
+        return patch_launch.launch_of(self.width, vectors, aligned, wide)
 
     @property
     def tile(self) -> str:
@@ -113,11 +118,15 @@ class PatchCase:
         flags = ("L2", "OTHER_GROUPS", "HAS_VALID", "WITH_GRAD", "WIDE")
         constants |= {flag: flag in self.flags for flag in flags}
         constants |= {"PADDED": self.width != launch.BD}
-        constants |= dict.fromkeys(("stride_sw", "stride_tw", "stride_vw"), 1)
-        aligned = {"M", "D", "H", "W", "stride_sb", "stride_sc", "stride_sh"}
-        aligned |= {"stride_tb", "stride_tg", "stride_tc", "stride_th"}
+        kernel = patch_kernels.strided_kernel
+        if "ALIGNED" in self.flags:
+            kernel = patch_kernels.aligned_kernel
+            constants |= dict.fromkeys(("stride_sw", "stride_tw"), 1)
+        # of sizes and strides, the compiler learns what the launcher lets it specialise on
+        aligned = {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize}
+        aligned -= constants.keys() | types.keys()
         options = {"num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers}
-        return Build(patch_kernels.patch_lse_kernel, types, constants, aligned, options)
+        return Build(kernel, types, constants, aligned, options)
 
 
 Case = RowCase | PatchCase
@@ -159,25 +168,32 @@ def _row_cases(arch: str) -> Iterator[RowCase]:
 
 
 def _patch_cases(arch: str) -> Iterator[PatchCase]:
-    train = frozenset({"WITH_GRAD"})
+    train, aligned = frozenset({"WITH_GRAD"}), {"ALIGNED"}
     rule, mask = {"OTHER_GROUPS"}, {"HAS_VALID"}
     designs = (
         (16, 32, 4),
         (1, 512, 4),
         (16, 32, 1),
     )  # omni, spatial, channel; C 512, 4 x 4 patches
-    for groups, width, patch in designs:
-        usual = rule if groups > 1 else set()
+    for (groups, width, patch), layout in itertools.product(designs, (set(), aligned)):
+        if layout and patch == 1:  # no four pixels of a patch are neighbours
+            continue
+        usual = layout | (rule if groups > 1 else set())
+        full, wide = train | mask | layout, train | mask | {"WIDE"}  # long strides: not aligned
         yield PatchCase(arch, "fp32", groups, width, patch, frozenset(usual))
         yield PatchCase(arch, "fp32", groups, width, patch, train | usual)
         yield PatchCase(arch, "bf16", groups, width, patch, train | usual)
         yield PatchCase(arch, "fp32", groups, width, patch, train | usual | {"L2"})
-        yield PatchCase(arch, "fp16", groups, width, patch, train | mask)
-        yield PatchCase(arch, "bf16", groups, width, patch, train | mask | {"L2"})
-        yield PatchCase(arch, "fp32", groups, width, patch, train | mask | {"WIDE"})
-    for width in (4, 16, 24, 64, 128, 256, 2048):
-        yield PatchCase(arch, "fp32", 16, width, 4, train | rule | mask)
-        yield PatchCase(arch, "fp16", 16, width, 4, train | {"L2"})
+        yield PatchCase(arch, "fp16", groups, width, patch, full)
+        yield PatchCase(arch, "bf16", groups, width, patch, full | {"L2"})
+        yield PatchCase(arch, "fp32", groups, width, patch, full | {"L2"} if layout else wide)
+    for width, layout in itertools.product((4, 8, 16, 24, 64, 128, 256, 2048), (set(), aligned)):
+        yield PatchCase(arch, "fp32", 16, width, 4, train | rule | mask | layout)
+        full = train | mask | {"L2"}
+        yield PatchCase(arch, "fp32", 16, width, 4, full | (layout or {"WIDE"}))
+    for width, patch in ((8, 8), (32, 8), (32, 3)):
+        layout = aligned if patch % 4 == 0 else set()
+        yield PatchCase(arch, "bf16", 16, width, patch, train | rule | mask | layout)
 
 
 def compile_case(case: Case) -> Compiled:

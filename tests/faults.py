@@ -680,6 +680,12 @@ FAULTS = [
             "_reach(map_, p, q) >= 2**63 for",
         ),
         (
+            "offset",
+            "long strides of the mask are taken for short ones",
+            "maps += [] if valid_mask is None else [valid_mask.unsqueeze(1)]",
+            "pass",
+        ),
+        (
             "swap",
             "the reach of a patch is that of its transpose",
             "(p - 1) * row + (q - 1) * column",
@@ -687,8 +693,36 @@ FAULTS = [
         ),
     ),
     *faults(
+        "ops/patch_lse/triton_kernels.py",
+        "tests/test_patch_lse.py -k layout_of_both",
+        (
+            "axis",
+            "any distance of two columns is taken for 1",
+            "return column == 1 and all(",
+            "return all(",
+        ),
+        (
+            "swap",
+            "the layout is the student's alone",
+            "_aligned(student) and _aligned(teacher)",
+            "_aligned(student)",
+        ),
+        (
+            "edge",
+            "rows may begin at multiples of 8",
+            "number % 16 == 0 for",
+            "number % 8 == 0 for",
+        ),
+    ),
+    *faults(
         "ops/patch_lse/launch.py",
         "tests/test_patch_lse.py -k 'launch_rule or tile'",
+        (
+            "factor",
+            "maps of any strides get a whole tile",
+            "_TILE if aligned else _TILE // 2",
+            "_TILE",
+        ),
         (
             "swap",
             "wide kernels get the fewer registers",
@@ -798,7 +832,8 @@ FAULTS = [
     ),
     *faults(
         "ops/patch_lse/tiled.py",
-        "tests/test_patch_lse.py -k 'blocks_join or near_pairs or the_form or lost_in_rounding'",
+        "tests/test_patch_lse.py -k 'blocks_join or near_pairs or the_form or lost_in_rounding or"
+        " memory'",
         (
             "edge",
             "a block of rows begins inside a kind",
@@ -829,6 +864,12 @@ FAULTS = [
             "a pair's distance is that of its row's number",
             "length = length.flatten()[pair]",
             "length = length.flatten()[row]",
+        ),
+        (
+            "factor",
+            "a block is bounded in pairs only",
+            "min(pairs // (groups * p * q) ** 2, numbers // (channels * p * q))",
+            "pairs // (groups * p * q) ** 2",
         ),
         (
             "factor",

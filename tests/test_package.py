@@ -141,13 +141,16 @@ COMPILE = """
 import json
 from dataclasses import asdict
 from benchmarks import kernels
-def parts(case):  # flags apart, what tells cases apart
-    return [value for name, value in vars(case).items() if name != "flags"]
+def parts(case):  # what tells cases apart but for the flags; a layout is no more than another
+    names = {name: value for name, value in vars(case).items() if name != "flags"}
+    return names | {"aligned": "ALIGNED" in case.flags}
 cases = list(kernels.cases())
 for case in cases:
     fuller = any(parts(o) == parts(case) and o.flags > case.flags for o in cases)
-    between = case.kernel == "patch_lse" and case.width in (16, 64, 256)
-    if not (fuller or between) and (case.kernel != "patch_lse" or case.arch == "sm_80"):
+    if case.kernel == "patch_lse":
+        half = case.dtype != "fp32" and case.patch in (1, 4)
+        fuller = fuller or half or case.width in (4, 16, 64, 256) or case.arch != "sm_80"
+    if not fuller:
         built = asdict(kernels.compile_case(case))
         print(json.dumps(built | vars(case) | {"flags": sorted(case.flags)}))
 """
@@ -157,7 +160,7 @@ def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
     """For sm_80 and sm_90, without a GPU. `python -m benchmarks kernels` does the same for all cases.
 
     Here only the fullest variants are compiled, since parts less need no more registers, and patch_lse
-    for one architecture, since its launches are the same on all, and for few widths.
+    for one architecture, since its launches are the same on all, and for few widths and dtypes.
     """
     out = run("-c", COMPILE, env={"TRITON_CACHE_DIR": str(tmp_path)})
     records = [json.loads(line) for line in out.splitlines()]
@@ -165,7 +168,7 @@ def test_compiled_kernels_have_tensor_cores_and_no_spills(tmp_path):
         (a, d) for a in ("sm_80", "sm_90") for d in (64, 128, 256)
     }
     patches = [r for r in records if r["kernel"] == "patch_lse"]
-    for flag in ("L2", "WIDE", "HAS_VALID"):
+    for flag in ("ALIGNED", "L2", "WIDE", "HAS_VALID"):
         assert {flag in r["flags"] for r in patches} == {False, True}
     for record in records:
         assert record["spills"] == 0, record

@@ -366,6 +366,24 @@ def test_offsets_beyond_32_bits(backend):
         assert torch.equal(patch_lse(near[0], far, **options), expected)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("patch", [(3, 1), (1, 3)], ids=str)
+def test_mask_offsets_beyond_32_bits(backend, patch):
+    """The mask lies in the middle, so that an offset of 32 bits reads False and not wild memory."""
+    device = device_of(backend)
+    big = torch.empty(2**32 + 2**10, dtype=torch.bool, device=device)
+    big[: 2**10] = False
+    strides = (1, 2**30, 64) if patch[0] > 1 else (1, 64, 2**30)
+    far = big[2**31 :].as_strided((1, 3, 3), strides)
+    near = torch.ones(1, 3, 3, dtype=torch.bool, device=device)
+    near[0, 1, 1] = False
+    far.copy_(near)
+    student, teacher = (x.to(device) for x in maps(1, 4, 3, 3))
+    options = {"groups": 2, "patch": patch, "temperature": 0.5, "backend": backend}
+    expected = patch_lse(student, teacher, valid_mask=near, **options)
+    assert torch.equal(patch_lse(student, teacher, valid_mask=far, **options), expected)
+
+
 def test_offsets_have_sixty_four_bits(tmp_path):
     """Also those of outputs, which no test could fill beyond 2^31."""
     narrow = run("tests/offsets.py", "patch_lse", env={"TRITON_CACHE_DIR": str(tmp_path)})
@@ -563,6 +581,19 @@ def test_memory_is_a_block_whatever_the_patches():
     assert largest.size >= 2 * 1024**2 * 16  # the measurement sees what it should
 
 
+@pytest.mark.parametrize(("groups", "patch"), [(1, 4), (16, 4), (16, 1)])
+def test_memory_is_a_block_whatever_the_map(groups, patch, monkeypatch):
+    """Of a map eight times a block: one vector a pixel has few pairs, but as many numbers as others."""
+    monkeypatch.setattr(tiled, "_CPU_BLOCK", 2**14)
+    student, teacher = maps(2, 64, 32, 32)
+    options = {"groups": groups, "patch": (patch, patch), "temperature": 0.3, "backend": "torch"}
+    original, held = tiled._contrast, []
+    monkeypatch.setattr(tiled, "_contrast", lambda s, *a: held.append(s.numel()) or original(s, *a))
+    patch_lse(student, teacher, **options)
+    assert sum(held) == student.numel()
+    assert max(held) <= tiled._CPU_BLOCK
+
+
 # --- Properties -----------------------------------------------------------------------------------
 
 problems = st.fixed_dictionaries(
@@ -688,12 +719,50 @@ def test_every_width_is_padded_to_a_tile(width):
 
 def test_launch_rule():
     for width in (1, 3, 32, 64, 65, 512, 513, 2048):
-        for vectors in (1, 7, 256, 4096):
-            chosen = launch.launch_of(width, vectors, False)
+        for vectors, aligned in itertools.product((1, 7, 256, 4096), (False, True)):
+            chosen = launch.launch_of(width, vectors, aligned, False)
+            tile = 1024 if aligned else 512
             assert width <= chosen.BD < 2 * width or chosen.BD == 1
-            assert 1 <= chosen.BN <= 128
-            assert 1024 * chosen.warps >= chosen.BD * chosen.BN
-    assert launch.launch_of(32, 256, True).registers > launch.launch_of(32, 256, False).registers
+            assert 1 <= chosen.BN <= 32
+            assert tile * chosen.warps >= chosen.BD * chosen.BN
+        assert chosen.registers < launch.launch_of(width, vectors, False, True).registers
+    assert launch.launch_of(32, 256, True, False).BN == 32
+
+
+@pytest.mark.parametrize(
+    ("aligned", "layout", "patch"),
+    [
+        (True, lambda: torch.zeros(2, 128, 16, 32), (4, 4)),
+        (True, lambda: torch.zeros(2, 128, 32, 64)[:, :, :16, 16:48], (2, 8)),
+        (True, lambda: torch.zeros(1, 128, 16, 32).expand(2, -1, -1, -1), (4, 4)),
+        (False, lambda: torch.zeros(2, 128, 16, 32), (4, 3)),
+        (False, lambda: torch.zeros(2, 128, 16, 12), (4, 4)),
+        (False, lambda: torch.zeros(2, 128, 15, 32), (4, 4)),
+        (False, lambda: torch.zeros(2, 128, 16, 40)[..., :32], (4, 4)),
+        (False, lambda: torch.zeros(2, 128, 16, 64)[..., ::2], (4, 4)),
+        (False, lambda: torch.zeros(2, 128, 16, 48)[..., 1:33], (4, 4)),
+        (False, lambda: torch.zeros(2, 128, 16, 32).to(memory_format=torch.channels_last), (4, 4)),
+    ],
+)
+def test_kernel_and_tile_follow_the_layout_of_both_maps(aligned, layout, patch, monkeypatch):
+    """The kernel that takes rows for whole runs of 16 numbers gets none but such maps."""
+    taken = []
+
+    class Spy:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **options: taken.append((self.name, options["BN"]))
+
+    for name in ("aligned_kernel", "strided_kernel"):
+        monkeypatch.setattr(triton_kernels, name, Spy(name))
+    plain, other = torch.zeros_like(layout(), memory_format=torch.contiguous_format), layout()
+    plain, other = plain.to(TRITON_DEVICE), other.to(TRITON_DEVICE)
+    for pair in ((plain, other), (other, plain)):
+        arguments = (None, 4, patch, 0.3, "l1", "other_groups")
+        triton_kernels.patch_lse(*pair, *arguments, with_grad=False)
+    assert taken == 2 * [("aligned_kernel", 32) if aligned else ("strided_kernel", 16)]
 
 
 # --- The operator ---------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
-"""With which tiles the kernel of `patch_lse` is launched: a rule of two sizes, no Triton needed."""
+"""With which tiles the kernel of `patch_lse` is launched: a rule of a few facts, no Triton needed."""
 
 from typing import NamedTuple
 
 # Numbers in the tile of one warp, 32 a thread: twice that, for rows and gradient, stay in registers.
+# Where a thread cannot load four pixels at once, as many offsets stay there as well: half a tile.
 _TILE = 1024
 
-# The widest vectors: a tile of eight warps holds four of them.
+# The most rows: each has statistics and offsets of its own, which narrow vectors would have too many of.
+_ROWS = 32
+
+# The widest vectors: a tile of eight warps holds four of them, or two.
 MAX_WIDTH = 2048
 
 
@@ -18,15 +22,17 @@ class Launch(NamedTuple):
     registers: int
 
 
-def launch_of(width: int, vectors: int, wide: bool) -> Launch:
+def launch_of(width: int, vectors: int, aligned: bool, wide: bool) -> Launch:
     """The tile for vectors of this width, of which a patch has this many.
 
+    `aligned` and `wide` are what the launcher found in the maps' strides, never both.
     `python -m benchmarks kernels` compiles it: the limit of registers is the one at which the
     assembler, left alone, would spill to fit in one more program.
     """
     padded = _power(width)
     warps = 1 if padded <= 64 else 4 if padded <= 512 else 8
-    rows = min(_power(vectors), _TILE * warps // padded, 128)
+    tile = _TILE if aligned else _TILE // 2
+    rows = min(_power(vectors), tile * warps // padded, _ROWS)
     return Launch(padded, rows, warps, 255 if wide else 168)
 
 

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-# Pairs of a block: their distances, 4 MiB of float32, stay in a CPU's last cache; a GPU wants more work.
+# Pairs, and numbers, of a block: 4 MiB of float32 stay in a CPU's last cache; a GPU wants more work.
 _CPU_BLOCK = 2**20
 _CUDA_BLOCK = 2**25
 
@@ -42,12 +42,13 @@ def patch_lse(
 ) -> tuple[Tensor, Tensor | None]:
     """Margin `[B, groups, H, W]` and its gradient `[B, C, H, W]`, as the package's operator."""
     dtype = accumulation_dtype(student)
-    batch, _, height, width = student.shape
+    batch, channels, height, width = student.shape
     margin = student.new_empty((batch, groups, height, width), dtype=dtype)
     grad = student.new_empty(student.shape) if with_grad else None
     # A CPU holds the distance of a pair of vectors, CUDA's gradient of a distance all differences.
-    pairs = _CUDA_BLOCK * groups // max(1, student.shape[1]) if student.is_cuda else _CPU_BLOCK
-    for area, (p, q) in _areas(student.shape, groups, patch, pairs):
+    numbers = _CUDA_BLOCK if student.is_cuda else _CPU_BLOCK
+    pairs = numbers * groups // channels if student.is_cuda else numbers
+    for area, (p, q) in _areas(student.shape, groups, patch, pairs, numbers):
         sizes = {"m": groups, "p": p, "q": q}
         s, t = (
             rearrange(x[area].to(dtype), "b (m d) (h p) (w q) -> (b h w) (m p q) d", **sizes)
@@ -190,16 +191,16 @@ def _row_blocks(vectors: int, alike: int, most: int) -> Iterator[slice]:
 
 
 def _areas(
-    shape: torch.Size, groups: int, patch: tuple[int, int], pairs: int
+    shape: torch.Size, groups: int, patch: tuple[int, int], pairs: int, numbers: int
 ) -> Iterator[tuple[Area, tuple[int, int]]]:
-    """Parts of the map with about this many pairs of vectors, each with the one patch it consists of.
+    """Parts of the map with about so many pairs of vectors at most, and numbers, each with its patch.
 
     The patch divides the inner part of the map; what remains at its edges are smaller patches.
     """
-    batch, _, height, width = shape
+    batch, channels, height, width = shape
     for rows, p in _spans(height, patch[0]):
         for columns, q in _spans(width, patch[1]):
-            patches = max(1, pairs // (groups * p * q) ** 2)
+            patches = max(1, min(pairs // (groups * p * q) ** 2, numbers // (channels * p * q)))
             across = q * min(patches, len(columns) // q)
             down = p * min(max(1, patches * q // across), len(rows) // p)
             images = max(1, patches * p * q // (across * down))

@@ -39,8 +39,7 @@ def _pull(b_diff, b_length, b_weight, L2: tl.constexpr):
     return tl.clamp(b_diff * 1e30 + 0.5, 0.0, 1.0) * b_weight[None, :]
 
 
-@triton.jit
-def patch_lse_kernel(
+def _patch_lse(
     student, teacher, valid, margin, grad, scale,
     M, D, H, W,
     stride_sb, stride_sc, stride_sh, stride_sw,
@@ -144,6 +143,15 @@ def patch_lse_kernel(
         tl.store(p_out + o_out, b_grad, mask=m_d[:, None] & m_n[None, :])
 
 
+# Triton compiles a kernel anew for each set of integers that are 1 or multiples of 16, and spreads a
+# tile over the threads accordingly, so each set needs registers of its own. Here are two, whose tiles
+# fit: for any strides, and for maps as in `_aligned`, where a thread loads four pixels at once.
+_ANY = ["M", "D", "stride_vb", "stride_vh", "stride_vw"]
+_STRIDES = [f"stride_{name}" for name in ("sb", "sc", "sh", "sw", "tb", "tg", "tc", "th", "tw")]
+aligned_kernel = triton.jit(_patch_lse, do_not_specialize=_ANY)
+strided_kernel = triton.jit(_patch_lse, do_not_specialize=[*_ANY, "H", "W", *_STRIDES])
+
+
 # --- Launcher -------------------------------------------------------------------------------------
 
 
@@ -167,13 +175,16 @@ def patch_lse(
     if margin.numel() == 0:
         return margin, grad
     p, q = min(patch[0], height), min(patch[1], width)
-    maps = (student, teacher, margin) if grad is None else (student, teacher, grad)
+    maps = [student, teacher, margin if grad is None else grad]
+    maps += [] if valid_mask is None else [valid_mask.unsqueeze(1)]
     wide = any(_reach(map_, p, q) >= 2**31 for map_ in maps)
-    launch = launch or launch_of(channels // groups, groups * p * q, wide)
+    aligned = not wide and q % 4 == 0 and _aligned(student) and _aligned(teacher)
+    launch = launch or launch_of(channels // groups, groups * p * q, aligned, wide)
+    kernel = aligned_kernel if aligned else strided_kernel
     patches = batch * triton.cdiv(height, p) * triton.cdiv(width, q)
     stride_tb, stride_tc, *strides_t = teacher.stride()
     with torch.cuda.device_of(student):
-        patch_lse_kernel[(patches * triton.cdiv(groups * p * q, launch.BN),)](
+        kernel[(patches * triton.cdiv(groups * p * q, launch.BN),)](
             student, teacher, student if valid_mask is None else valid_mask.view(torch.uint8),
             margin, margin if grad is None else grad, 1.0 / temperature,
             groups, channels // groups, height, width,
@@ -186,6 +197,13 @@ def patch_lse(
             num_warps=launch.warps, num_stages=1, maxnreg=launch.registers,
         )  # fmt: skip
     return margin, grad
+
+
+def _aligned(map_: Tensor) -> bool:
+    """Whether rows, channels and images begin at multiples of 16 numbers, and pixels are neighbours."""
+    *strides, column = map_.stride()
+    multiples = (*map_.shape[2:], *strides, map_.data_ptr())
+    return column == 1 and all(number % 16 == 0 for number in multiples)
 
 
 def _reach(map_: Tensor, p: int, q: int) -> int:
