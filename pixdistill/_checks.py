@@ -1,4 +1,7 @@
-"""Argument checks that the losses share. They raise ValueError or TypeError and name the argument."""
+"""Argument checks that the losses share, which raise ValueError or TypeError and name the argument.
+
+At the end, how the losses take what they do not train: without its graph.
+"""
 
 import math
 
@@ -169,3 +172,16 @@ def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor; a copy where it was made in inference mode, which autograd cannot save."""
+    # a compiler cannot ask a tensor for its mode: what it compiles raises PyTorch's own error
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def frozen(teacher: Tensor) -> Tensor:
+    """The teacher without its graph; a copy where it was made in inference mode, see `savable`."""
+    return savable(teacher).detach()

@@ -24,6 +24,7 @@ from ._checks import (
     check_mask,
     check_nonnegative,
     check_same_pixels,
+    frozen,
 )
 from .masked_receptive_tokens import MaskedReceptiveTokens, statistics_dtype
 
@@ -87,7 +88,8 @@ def masked_distance(
     with torch.no_grad():
         shares = 1 / masks.shape[1] if weights is None else weights.to(dtype)
         attention = _attention(masks.to(dtype), shares, eps, valid_mask)
-    teacher = teacher.detach()
+    teacher = frozen(teacher)
+    valid_mask = None if valid_mask is None else frozen(valid_mask)
     if not torch.compiler.is_compiling():
         return _MaskedDistance.apply(student, teacher, attention, valid_mask)
     # A compiler fuses the plain formula and its gradient by itself.
@@ -214,6 +216,7 @@ class MaskedDistillationLoss(nn.Module):
             check_map("student", student, self.student_channels[level])
         check_same_pixels("student", student, teacher)
         check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+        teacher = frozen(teacher)
         if self.align is not None:
             if valid_mask is not None:
                 # A NaN at an invalid pixel must not reach the weight's gradient.

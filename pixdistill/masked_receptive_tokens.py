@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_count, check_flag, check_map, check_mask
+from ._checks import check_count, check_flag, check_map, check_mask, savable
 
 # The names of a module's tensors in official checkpoints.
 _WEIGHTING = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
@@ -111,6 +111,7 @@ class MaskedReceptiveTokens(nn.Module):
         To learn the tokens, minimise the task loss of the frozen teacher's head on the masked map plus
         the diversity. Without weights w is 1, as in the official code. The map has the dtype of `x`.
         """
+        x = savable(x)
         masks = self.masks(x)
         if self.weighted:
             seen = (self.weights(x)[:, :, None, None] * masks).sum(dim=1, keepdim=True)
@@ -200,6 +201,7 @@ def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:
     autocast, and the rest in float32 (float64 for float64).
     """
     tokens = mask_token.to(x.dtype).expand(x.shape[0], -1, -1)
+    x = savable(x)
     with _exactly(x):
         logits = torch.bmm(tokens, x.flatten(2))  # [B, T, HW]
     return logits.to(statistics_dtype(x)).sigmoid().unflatten(2, x.shape[2:])

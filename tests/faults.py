@@ -1294,7 +1294,7 @@ FAULTS = [
         (
             "detach",
             "the gradient flows to the teacher where the formula is compiled",
-            "\n    teacher = teacher.detach()\n",
+            "\n    teacher = frozen(teacher)\n",
             "\n",
         ),
         (

@@ -510,6 +510,17 @@ def test_only_the_student_gets_a_gradient_from_the_function(compiling, monkeypat
         assert grads[1:] == (None, None, None)
 
 
+@pytest.mark.parametrize("settings", [{}, {"student_channels": 4}, {"customize_after": 0}])
+def test_a_teacher_and_a_mask_made_in_inference_mode(settings):
+    loss, (student, teacher), valid = build(**settings), maps(*SHAPE), some_mask(2, 5, 6)
+    expected = measure(loss, student, teacher, valid)
+    with torch.inference_mode():
+        teacher, valid = teacher.clone(), valid.clone()
+    assert teacher.is_inference()
+    ours = measure(loss, student, teacher, valid)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_a_frozen_student_gives_a_loss_without_gradient():
     student, teacher = maps(*SHAPE)
     assert not build()(student, teacher).requires_grad

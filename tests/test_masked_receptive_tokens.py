@@ -614,6 +614,22 @@ def test_copies_are_equal_and_independent(weighted, clone):
     assert repr(fresh) == repr(tokens)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_learns_from_maps_made_in_inference_mode(weighted):
+    def gradients(x, valid):
+        parts = [*tokens(x), token_masks(x, tokens.mask_token).square()]
+        parts.append(tokens.weights(x, valid_mask=valid).square())
+        loss = sum(part.sum() for part in parts)
+        return torch.autograd.grad(loss, list(tokens.parameters()))
+
+    tokens, x, valid = build(weighted=weighted), a_map(2, 4, 3, 3), torch.rand(2, 3, 3) > 0.3
+    expected = gradients(x, valid)
+    with torch.inference_mode():
+        x, valid = x.clone(), valid.clone()
+    for ours, truth in zip(gradients(x, valid), expected, strict=True):
+        assert torch.equal(ours, truth)
+
+
 def test_repr_and_defaults():
     tokens = MaskedReceptiveTokens(8)
     assert (tokens.num_tokens, tokens.weighted) == (6, True)
