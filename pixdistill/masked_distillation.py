@@ -166,6 +166,11 @@ class MaskedDistillationLoss(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the count of steps to 0; tokens and `align` have a `reset_parameters` of their own."""
+        self.steps.zero_()
+
+    @torch.no_grad()
     def step(self) -> None:
         """Count one optimizer step; `customize_after` compares with this count."""
         self.steps += 1

@@ -670,6 +670,19 @@ def test_the_step_count_is_an_integer_buffer():
     assert loss.steps.shape == ()
 
 
+def test_counts_from_zero_where_buffers_are_made_later():
+    with torch.device("meta"):
+        tokens = MaskedReceptiveTokens(4, 2)
+        loss = MaskedDistillationLoss(tokens, student_channels=3, customize_after=2)
+    loss.to_empty(device="cpu")
+    loss.steps.fill_(9)
+    for module in loss.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert loss.steps == 0
+    assert not any(p.requires_grad for p in loss.tokens.parameters())
+
+
 def test_the_students_masks_change_the_gradient_only_as_constants():
     tokens, (student, teacher) = build_tokens(), maps(*SHAPE)
     ours = measure(build(tokens, customize_after=0, eps=0.0), student, teacher)
