@@ -270,7 +270,7 @@ class _MaskedDistance(torch.autograd.Function):
 
 def _gap(student: Tensor, teacher: Tensor, dtype: torch.dtype, valid_mask: Tensor | None) -> Tensor:
     """`student - teacher`, and 0 at invalid pixels, whatever they hold."""
-    gap = student.to(dtype) - teacher
+    gap = (student.to(dtype) - teacher).to(dtype)  # a float64 teacher promotes
     return gap if valid_mask is None else gap.masked_fill(~valid_mask.unsqueeze(1), 0.0)
 
 

@@ -736,7 +736,10 @@ def test_error_stays_within_twice_plain_pytorch(dtype, autocast):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_teacher_may_have_another_dtype(dtype, other, masked):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_teacher_may_have_another_dtype(dtype, other, masked, compiling, monkeypatch):
+    """In both forms: a compiler sees the plain formula."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     student, teacher = maps(*SHAPE)
     student, teacher = student.to(dtype), teacher.to(other)
     valid = some_mask(2, 5, 6) if masked else None
