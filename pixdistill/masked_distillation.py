@@ -24,6 +24,7 @@ from ._checks import (
     check_mask,
     check_nonnegative,
     check_same_pixels,
+    check_weights,
     frozen,
 )
 from .masked_receptive_tokens import MaskedReceptiveTokens, statistics_dtype
@@ -79,10 +80,7 @@ def masked_distance(
     check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
     check_map("masks", masks)
     check_same_pixels("masks", masks, teacher)
-    if weights is not None and weights.shape != masks.shape[:2]:
-        raise ValueError(
-            f"weights must have shape [B, T], {tuple(masks.shape[:2])}; got {tuple(weights.shape)}"
-        )
+    check_weights(weights, masks)
     check_nonnegative("eps", eps)
     dtype = statistics_dtype(student)
     with torch.no_grad():

@@ -99,9 +99,12 @@ class MHSAPlugin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, C, H, W]`"""
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.channels:
+        fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.channels
+        if not fits or x.shape[2] < 1 or x.shape[3] < 1:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must have shape [B, {self.channels}, H, W]; got {got}")
+            raise ValueError(
+                f"x must have shape [B, {self.channels}, H, W], H and W at least 1; got {got}"
+            )
         pixels = rearrange(x, "b c h w -> b h w c")
         pixels = pixels + self._attend(self.norm(pixels))
         if self.ffn is not None:

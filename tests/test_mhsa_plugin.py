@@ -765,11 +765,13 @@ def test_wrong_settings(error, words, arguments, settings):
 @pytest.mark.parametrize(
     ("words", "x"),
     [
-        (r"x must have shape \[B, 16, H, W\]; got \(16, 5, 7\)", torch.zeros(16, 5, 7)),
+        (r"x must have shape \[B, 16, H, W\], .*; got \(16, 5, 7\)", torch.zeros(16, 5, 7)),
         (r"got \(2, 8, 5, 7\)", torch.zeros(2, 8, 5, 7)),
         (r"got \(2, 5, 7, 16\)", torch.zeros(2, 5, 7, 16)),
         (r"got \(2, 16, 3, 5, 7\)", torch.zeros(2, 16, 3, 5, 7)),
         (r"got \(2, 16\)", torch.zeros(2, 16)),
+        (r"H and W at least 1; got \(2, 16, 0, 3\)", torch.zeros(2, 16, 0, 3)),
+        (r"H and W at least 1; got \(2, 16, 3, 0\)", torch.zeros(2, 16, 3, 0)),
         ("got list", [[1.0]]),
         ("got tuple", (torch.zeros(2, 16, 5, 7),)),
     ],
