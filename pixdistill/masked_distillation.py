@@ -125,6 +125,7 @@ class MaskedDistillationLoss(nn.Module):
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
+        RuntimeError: PyTorch's own, under `torch.func.grad`, `vmap` and `jvp`.
 
     Example:
         >>> tokens = MaskedReceptiveTokens(16, num_tokens=4)
