@@ -87,6 +87,17 @@ def check_mask(
     _check_device(name, mask, like)
 
 
+def check_weights(weights: Tensor | None, masks: Tensor) -> None:
+    """One number a mask, `[B, T]` for masks `[B, T, H, W]`, on their device, or None."""
+    if weights is None:
+        return
+    _check_floating("weights", weights)
+    shape = tuple(masks.shape[:2])
+    if weights.shape != shape:
+        raise ValueError(f"weights must have shape [B, T], {shape}; got {tuple(weights.shape)}")
+    _check_device("weights", weights, masks)
+
+
 def check_positive(name: str, value: float) -> None:
     """A finite number above zero."""
     _check_number(name, value)

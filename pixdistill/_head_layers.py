@@ -103,7 +103,7 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
 def step_of(layer: nn.Module, m: Tensor) -> Affine:
     """The step of a layer that is not linear, for the pooled vectors `[B, C]` before it."""
     kind = _kind(layer)
-    assert kind is not None  # see layers_of
+    assert kind is not None  # see check_layer
     with torch.autocast(m.device.type, enabled=False):
         return STEPS[kind](layer, m)
 
@@ -138,10 +138,16 @@ def layers_of(
             if child is not None:
                 yield from layers_of(child, f"{path}.{key}", order)
     else:
-        problem = _problem(module)
-        if problem:
-            raise TypeError(f"{name} cannot be adapted exactly: {problem}")
+        check_layer(module, path)
         yield module
+
+
+def check_layer(layer: nn.Module, path: str) -> None:
+    """A layer that has an affine form, or TypeError."""
+    problem = _problem(layer)
+    if problem:
+        name = f"{path} ({type(layer).__name__})"
+        raise TypeError(f"{name} cannot be adapted exactly: {problem}")
 
 
 def _problem(layer: Any) -> str | None:

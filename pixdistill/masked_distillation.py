@@ -24,6 +24,7 @@ from ._checks import (
     check_mask,
     check_nonnegative,
     check_same_pixels,
+    check_weights,
     frozen,
 )
 from .masked_receptive_tokens import MaskedReceptiveTokens, statistics_dtype
@@ -79,10 +80,7 @@ def masked_distance(
     check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
     check_map("masks", masks)
     check_same_pixels("masks", masks, teacher)
-    if weights is not None and weights.shape != masks.shape[:2]:
-        raise ValueError(
-            f"weights must have shape [B, T], {tuple(masks.shape[:2])}; got {tuple(weights.shape)}"
-        )
+    check_weights(weights, masks)
     check_nonnegative("eps", eps)
     dtype = statistics_dtype(student)
     with torch.no_grad():
@@ -127,6 +125,7 @@ class MaskedDistillationLoss(nn.Module):
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
+        RuntimeError: PyTorch's own, under `torch.func.grad`, `vmap` and `jvp`.
 
     Example:
         >>> tokens = MaskedReceptiveTokens(16, num_tokens=4)
@@ -164,6 +163,11 @@ class MaskedDistillationLoss(nn.Module):
         self.eps = eps
         self.reduction = reduction
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the count of steps to 0; tokens and `align` have a `reset_parameters` of their own."""
+        self.steps.zero_()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -265,7 +269,7 @@ class _MaskedDistance(torch.autograd.Function):
 
 def _gap(student: Tensor, teacher: Tensor, dtype: torch.dtype, valid_mask: Tensor | None) -> Tensor:
     """`student - teacher`, and 0 at invalid pixels, whatever they hold."""
-    gap = student.to(dtype) - teacher
+    gap = (student.to(dtype) - teacher).to(dtype)  # a float64 teacher promotes
     return gap if valid_mask is None else gap.masked_fill(~valid_mask.unsqueeze(1), 0.0)
 
 

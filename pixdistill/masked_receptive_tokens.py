@@ -64,9 +64,9 @@ class MaskedReceptiveTokens(nn.Module):
         # Never called: `weights` computes the same from window sums. It gives parameters their names.
         self.prob = (
             nn.Sequential(
-                nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+                _Convolution(channels, channels, kernel_size=3, padding=1),
                 nn.AdaptiveAvgPool2d(1),
-                nn.Conv2d(channels, num_tokens, kernel_size=1),
+                _Convolution(channels, num_tokens, kernel_size=1),
             )
             if weighted
             else None
@@ -77,12 +77,9 @@ class MaskedReceptiveTokens(nn.Module):
     def reset_parameters(self) -> None:
         """Tokens from N(0, 0.01^2), convolutions by their fan-out (He), biases at zero."""
         self.mask_token.normal_(0, 0.01)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
-                layer.weight.normal_(0, math.sqrt(2 / fan_out))
-                if layer.bias is not None:
-                    layer.bias.zero_()
+        for layer in self.prob or ():
+            if isinstance(layer, _Convolution):
+                layer.reset_parameters()
 
     def masks(self, x: Tensor) -> Tensor:
         """`sigmoid(<E_t, x>)` `[B, T, H, W]`, in float32 (float64 for float64)."""
@@ -194,6 +191,26 @@ class MaskedReceptiveTokens(nn.Module):
             for name, value in level.state_dict().items()
         }
         return {"state_dict": state}
+
+
+class _Convolution(nn.Conv2d):
+    """Resets itself by its fan-out (He), the bias to zero: `to_empty` is followed by a reset of each."""
+
+    _built = False
+
+    def __init__(self, inputs: int, outputs: int, *, kernel_size: int, padding: int = 0) -> None:
+        super().__init__(inputs, outputs, kernel_size, padding=padding)
+        self._built = True
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if not self._built:  # the tokens reset it: a seed gives the numbers that it always gave
+            super().reset_parameters()
+            return
+        fan_out = math.prod(self.kernel_size) * self.out_channels
+        self.weight.normal_(0, math.sqrt(2 / fan_out))
+        if self.bias is not None:
+            self.bias.zero_()
 
 
 def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:

@@ -94,14 +94,17 @@ class MHSAPlugin(nn.Module):
         self.query = nn.Linear(channels, channels)
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
-        self.out = _zero(nn.Linear(channels, channels))
+        self.out = _ZeroLinear(channels, channels)
         self.ffn = None if ffn_ratio is None else _feed_forward(channels, ffn_ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W] -> [B, C, H, W]`"""
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.channels:
+        fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.channels
+        if not fits or x.shape[2] < 1 or x.shape[3] < 1:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must have shape [B, {self.channels}, H, W]; got {got}")
+            raise ValueError(
+                f"x must have shape [B, {self.channels}, H, W], H and W at least 1; got {got}"
+            )
         pixels = rearrange(x, "b c h w -> b h w c")
         pixels = pixels + self._attend(self.norm(pixels))
         if self.ffn is not None:
@@ -249,15 +252,16 @@ def _feed_forward(channels: int, ratio: float) -> nn.Sequential:
     check_positive("ffn_ratio", ratio)
     hidden = max(1, round(ratio * channels))
     inner = nn.Linear(channels, hidden)
-    return nn.Sequential(
-        nn.LayerNorm(channels), inner, nn.GELU(), _zero(nn.Linear(hidden, channels))
-    )
+    return nn.Sequential(nn.LayerNorm(channels), inner, nn.GELU(), _ZeroLinear(hidden, channels))
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, also where its parameters are made after it (`to_empty`)."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # draws as many random numbers as any linear layer
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 def _child(network: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:

@@ -30,6 +30,7 @@ from ._head_layers import (
     Affine,
     apply,
     apply_after,
+    check_layer,
     copied,
     in_width,
     layers_of,
@@ -60,7 +61,8 @@ class SpatialAdaptor(nn.Module):
 
     Raises:
         TypeError: names the layer and its path that has no such affine form, such as Softmax, a
-            BatchNorm without running statistics, an unknown class, or a layer with a hook.
+            BatchNorm without running statistics, an unknown class, or a layer with a hook; also at
+            a call, for a layer put into `adaptor.head` later. Hooks added there later are not run.
         ValueError: for `trainable=True` where nothing requires a gradient, for an `order` that does
             not give what the head gives, and for a map of another shape.
 
@@ -142,7 +144,10 @@ class SpatialAdaptor(nn.Module):
         # by name, since convert_sync_batchnorm and its like put other modules into the head; not by
         # get_submodule, which torch.compile of PyTorch 2.6 refuses
         modules = dict(self.head.named_modules(remove_duplicate=False))
-        return [modules[n] if isinstance(n, str) else n for n in self._names]
+        layers = [modules[n] if isinstance(n, str) else n for n in self._names]
+        for name, layer in zip(self._names, layers, strict=True):
+            check_layer(layer, f"head.{name}" if isinstance(name, str) and name else "head")
+        return layers
 
     def _run(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -273,4 +278,6 @@ def _linear(m: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    if not torch.is_autocast_enabled(x.device.type):  # which casts them itself
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return convolve(x, weight[(...,) + (None,) * (x.dim() - 2)], bias)

@@ -1574,7 +1574,7 @@ FAULTS = [
         (
             "state",
             "the plug-in does not start as the identity",
-            "self.out = _zero(nn.Linear(channels, channels))",
+            "self.out = _ZeroLinear(channels, channels)",
             "self.out = nn.Linear(channels, channels)",
         ),
         (

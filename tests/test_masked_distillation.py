@@ -670,6 +670,19 @@ def test_the_step_count_is_an_integer_buffer():
     assert loss.steps.shape == ()
 
 
+def test_counts_from_zero_where_buffers_are_made_later():
+    with torch.device("meta"):
+        tokens = MaskedReceptiveTokens(4, 2)
+        loss = MaskedDistillationLoss(tokens, student_channels=3, customize_after=2)
+    loss.to_empty(device="cpu")
+    loss.steps.fill_(9)
+    for module in loss.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert loss.steps == 0
+    assert not any(p.requires_grad for p in loss.tokens.parameters())
+
+
 def test_the_students_masks_change_the_gradient_only_as_constants():
     tokens, (student, teacher) = build_tokens(), maps(*SHAPE)
     ours = measure(build(tokens, customize_after=0, eps=0.0), student, teacher)
@@ -723,7 +736,10 @@ def test_error_stays_within_twice_plain_pytorch(dtype, autocast):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_teacher_may_have_another_dtype(dtype, other, masked):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_teacher_may_have_another_dtype(dtype, other, masked, compiling, monkeypatch):
+    """In both forms: a compiler sees the plain formula."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     student, teacher = maps(*SHAPE)
     student, teacher = student.to(dtype), teacher.to(other)
     valid = some_mask(2, 5, 6) if masked else None
@@ -1128,6 +1144,9 @@ MASKS = torch.rand(2, 3, 3, 5)
         (ValueError, r"masks must have shape \[B, C, H, W\]", {"masks": MASKS[0]}),
         (TypeError, "masks must have a floating-point dtype", {"masks": MASKS > 0}),
         (ValueError, r"weights must have shape \[B, T\], \(2, 3\); got", {"weights": torch.ones(3)}),
+        (TypeError, "weights must be a tensor; got float", {"weights": 1.0}),
+        (TypeError, "weights must have a floating-point dtype", {"weights": torch.ones(2, 3).int()}),
+        (ValueError, "weights must be on .* cpu; got meta", {"weights": torch.ones(2, 3).to("meta")}),
         (ValueError, "eps must be a finite number", {"eps": -1.0}),
         (TypeError, "valid_mask must be a bool tensor", {"valid_mask": ALL.float()}),
     ],

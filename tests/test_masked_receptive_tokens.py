@@ -636,11 +636,19 @@ def test_repr_and_defaults():
     assert "channels=8, num_tokens=6, weighted=True" in repr(tokens)
 
 
-def test_starts_as_in_the_official_code():
+@pytest.mark.parametrize("later", [False, True])
+def test_starts_as_in_the_official_code(later):
+    """Also where parameters are made after the module, and every submodule is then reset."""
     torch.manual_seed(0)
-    tokens = MaskedReceptiveTokens(128, 64)
-    tokens.prob[0].bias.data.fill_(1)
-    tokens.reset_parameters()
+    with torch.device("meta" if later else "cpu"):
+        tokens = MaskedReceptiveTokens(128, 64)
+    if later:
+        tokens.to_empty(device="cpu")
+    for parameter in tokens.parameters():
+        parameter.data.fill_(1)
+    for module in tokens.modules() if later else [tokens]:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
     for parameter, deviation in (
         (tokens.mask_token, 0.01),
         (tokens.prob[0].weight, (2 / (9 * 128)) ** 0.5),
@@ -650,6 +658,18 @@ def test_starts_as_in_the_official_code():
         assert abs(parameter.mean()) < 0.05 * deviation + 1e-3
     assert (tokens.prob[0].bias == 0).all()
     assert (tokens.prob[2].bias == 0).all()
+
+
+def test_a_seed_gives_the_numbers_of_plain_convolutions():
+    torch.manual_seed(3)
+    tokens = MaskedReceptiveTokens(4, 3)
+    torch.manual_seed(3)
+    plain = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 3, 1)
+    assert torch.equal(tokens.mask_token, torch.empty(3, 4).normal_(0, 0.01))
+    for layer, fan_out in zip(plain, (36, 3), strict=True):
+        layer.weight.data.normal_(0, (2 / fan_out) ** 0.5)
+    assert torch.equal(tokens.prob[0].weight, plain[0].weight)
+    assert torch.equal(tokens.prob[2].weight, plain[1].weight)
 
 
 def test_functions_are_exported():

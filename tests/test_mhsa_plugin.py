@@ -485,6 +485,21 @@ def test_zero_projections_start_at_zero_and_the_others_do_not():
     assert not zero & {"query.weight", "key.weight", "value.weight", "ffn.1.weight", "norm.weight"}
 
 
+@pytest.mark.parametrize("settings", [{}, {"ffn_ratio": 2.0}], ids=str)
+def test_identity_where_parameters_are_made_later(settings):
+    with torch.device("meta"):
+        plugin = MHSAPlugin(16, 2, **settings)
+    plugin.to_empty(device="cpu")
+    for parameter in plugin.parameters():
+        parameter.data.fill_(7)
+    for module in plugin.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    x = feature_map(2, 16, 5, 7)
+    assert torch.equal(plugin(x), x)
+    assert plugin.query.weight.std() > 0
+
+
 # --- Dtypes, autocast and memory formats ----------------------------------------------------------
 
 
@@ -750,11 +765,13 @@ def test_wrong_settings(error, words, arguments, settings):
 @pytest.mark.parametrize(
     ("words", "x"),
     [
-        (r"x must have shape \[B, 16, H, W\]; got \(16, 5, 7\)", torch.zeros(16, 5, 7)),
+        (r"x must have shape \[B, 16, H, W\], .*; got \(16, 5, 7\)", torch.zeros(16, 5, 7)),
         (r"got \(2, 8, 5, 7\)", torch.zeros(2, 8, 5, 7)),
         (r"got \(2, 5, 7, 16\)", torch.zeros(2, 5, 7, 16)),
         (r"got \(2, 16, 3, 5, 7\)", torch.zeros(2, 16, 3, 5, 7)),
         (r"got \(2, 16\)", torch.zeros(2, 16)),
+        (r"H and W at least 1; got \(2, 16, 0, 3\)", torch.zeros(2, 16, 0, 3)),
+        (r"H and W at least 1; got \(2, 16, 3, 0\)", torch.zeros(2, 16, 3, 0)),
         ("got list", [[1.0]]),
         ("got tuple", (torch.zeros(2, 16, 5, 7),)),
     ],

@@ -1196,6 +1196,26 @@ def test_modules_put_into_the_head_afterwards_are_run():
     assert_close(adaptor(x), other.adaptor()(x), 1e-15)
 
 
+def test_what_is_put_into_the_head_afterwards_and_cannot_be_adapted_is_named():
+    adaptor = SpatialAdaptor(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 3))))
+    adaptor.head[1][0] = OwnLinear(4, 3)
+    with pytest.raises(TypeError, match=r"head\.1\.0 \(OwnLinear\) cannot be adapted exactly"):
+        adaptor(torch.randn(2, 4, 3, 3))
+    single = SpatialAdaptor(nn.Linear(4, 4))
+    single.head = nn.Tanh()
+    with pytest.raises(TypeError, match=r"head \(Tanh\) cannot be adapted exactly"):
+        single(torch.randn(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_map_may_have_another_dtype_than_the_head(dtype):
+    head = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours = SpatialAdaptor(head)(x)
+    assert ours.dtype == dtype
+    assert_close(ours, SpatialAdaptor(head)(x.float()), 2e-2 if dtype != torch.float64 else 1e-5)
+
+
 def test_repr():
     text = repr(SpatialAdaptor(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), trainable=True))
     assert text.startswith("SpatialAdaptor(\n  trainable=True\n  (head): Sequential(")
