@@ -108,7 +108,8 @@ class MaskedReceptiveTokens(nn.Module):
         To learn the tokens, minimise the task loss of the frozen teacher's head on the masked map plus
         the diversity. Without weights w is 1, as in the official code. The map has the dtype of `x`.
         """
-        x = savable(x)
+        check_map("x", x, self.channels)
+        x = savable(x)  # once for the masks and the product
         masks = self.masks(x)
         if self.weighted:
             seen = (self.weights(x)[:, :, None, None] * masks).sum(dim=1, keepdim=True)
