@@ -63,7 +63,8 @@ def patch_lse(
         valid_mask: `[B, H, W]` bool. A pixel that is False has no rows and is nobody's negative; it
             may hold NaN.
         backend: "triton" is the fused kernel, "torch" the blocked form, "reference" the dense
-            oracle, which also has second-order and forward-mode gradients. "auto" takes "triton" on
+            oracle, which also has second-order and forward-mode gradients, and alone takes part in
+            `torch.func.grad` and its like. "auto" takes "triton" on
             a GPU where `why_not_triton` has nothing to say, "torch" elsewhere.
 
     Returns:

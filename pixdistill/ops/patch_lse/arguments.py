@@ -21,7 +21,8 @@ def check(
     if student.dim() != 4 or student.shape != teacher.shape:
         raise ValueError(
             "student must have shape [B, C, H, W] equal to teacher's; "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}. Resize one map to the other's "
+            "height and width, and give the student the teacher's channels by a 1 x 1 convolution."
         )
     if teacher.device != student.device:
         raise ValueError(

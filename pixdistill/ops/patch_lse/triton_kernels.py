@@ -2,9 +2,10 @@
 
 One program owns BN rows of one patch, which it keeps in registers, and walks over the vectors of the
 teacher's patch one by one with an online softmax. A vector's numbers run down a tile's first axis and
-the rows along the second, so that a thread holds whole vectors and sums a distance without its
-neighbours; both maps are read where they lie, through their strides, and each number of the teacher's
-patch comes from the cache after the first row. There are no atomics: the same bits on every run.
+the rows along the second, so that a thread holds much of a vector and asks few neighbours for their
+part of a distance; both maps are read where they lie, through their strides, and each number of the
+teacher's patch comes from the cache after the first row. There are no atomics: the same bits on every
+run.
 
 Names: i_ program or loop number, o_ offsets, m_ mask, p_ pointers, b_ tile in registers.
 """
