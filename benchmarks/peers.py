@@ -269,7 +269,8 @@ def plot_bars(records: list[dict[str, Any]], path: Path) -> None:
     titles = ("time, forward + backward (s)", "extra peak memory (MiB, logarithmic)")
     for axis, numbers, title in zip(axes, values, titles, strict=True):
         bars = axis.barh(names, numbers, color=[colour(name) for name in names])
-        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        labels = [f"{n:.3g}" if n < 1000 else f"{n:.0f}" for n in numbers]
+        axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.set(title=title)
         axis.margins(x=0.15)
         axis.grid(axis="x", alpha=0.3)
