@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -658,9 +659,11 @@ def peak_on_rank(rank, pixels):
     teacher = torch.randn(1, 16, pixels)
     for mode in ("all", "ring"):
         criterion = PixelContrastLoss(gather_distributed=True, gather_mode=mode)
-        with LiveStorages() as live:
-            criterion(student, teacher)
-        peaks[mode] = live.peak
+        peaks[mode] = math.inf
+        for _ in range(3):  # a thread of gloo may hold what it sent for a moment longer
+            with LiveStorages() as live:
+                criterion(student, teacher)
+            peaks[mode] = min(peaks[mode], live.peak)
     keys, blocks = torch.randn(pixels, 16), set()
     with LiveStorages() as live:
         count = 0
@@ -675,13 +678,14 @@ def test_the_ring_holds_two_blocks_whatever_the_number_of_ranks():
     size = pixels * 16 * 4
     peaks = {}
     for world in (2, 4):
-        for came, ring, blocks, count in results(world, peak_on_rank, pixels):
+        ranks = results(world, peak_on_rank, pixels)
+        for _, ring, blocks, count in ranks:
             assert blocks == 2
             assert count == world
             assert 2 * size <= ring < 2.1 * size
-            peaks[world] = came
+        peaks[world] = {mode: min(came[mode] for came, *_ in ranks) for mode in ("all", "ring")}
     assert abs(peaks[4]["ring"] - peaks[2]["ring"]) < 0.01 * size
-    assert peaks[4]["all"] - peaks[2]["all"] >= 2 * size
+    assert abs(peaks[4]["all"] - peaks[2]["all"] - 2 * size) < 0.01 * size
 
 
 # --- Settings -------------------------------------------------------------------------------------
