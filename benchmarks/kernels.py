@@ -73,12 +73,12 @@ class RowCase:
     def build(self) -> Build:
         kernel = getattr(row_kernels, f"{self.kernel}_kernel")
         launch = self.launch
-        types = dict.fromkeys(("query", "keys", "expected_key", "grad_keys"), f"*{self.dtype}")
+        types = dict.fromkeys(("query", "keys", "weighted_keys", "grad_keys"), f"*{self.dtype}")
         types |= dict.fromkeys(("scale", "lse", "largest", "grad_rows"), "*fp32")
         constants = {"BN": launch.BN, "BM": launch.BM, "PRECISION": "tf32"}
         constants |= {"BD": row_launch.padded_width(self.width)}
         constants |= dict.fromkeys(("stride_qd", "stride_kd", "stride_mm"), 1)
-        flags = ("SHIFTED", "HAS_MASK", "EXCLUDE", "WITH_KEY", "WITH_MAX")
+        flags = ("SUBTRACT_MAX", "HAS_MASK", "EXCLUDE", "WITH_KEY", "WITH_MAX")
         constants |= {flag: flag in self.flags for flag in flags if flag in kernel.arg_names}
         aligned = {"N", "M", "D", "stride_qg", "stride_qn", "stride_kg", "stride_km"}
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
@@ -158,12 +158,12 @@ def _row_cases(arch: str) -> Iterator[RowCase]:
         yield RowCase("row_lse", arch, "bf16", width, train)
         yield RowCase("row_lse", arch, "bf16", width, train | {"EXCLUDE", "WITH_MAX"})
         yield RowCase("row_lse", arch, "bf16", width, full)
-        yield RowCase("row_lse", arch, "fp16", width, full | {"SHIFTED"})
+        yield RowCase("row_lse", arch, "fp16", width, full | {"SUBTRACT_MAX"})
         yield RowCase("row_lse_grad_keys", arch, "bf16", width, full)
         yield RowCase("row_lse_grad_keys", arch, "fp16", width, full)
         if width in row_launch.FLOAT32_LAUNCH:
             yield RowCase("row_lse", arch, "fp32", width, train)
-            yield RowCase("row_lse", arch, "fp32", width, full | {"SHIFTED"})
+            yield RowCase("row_lse", arch, "fp32", width, full | {"SUBTRACT_MAX"})
             yield RowCase("row_lse_grad_keys", arch, "fp32", width, full)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pixdistill.ops.row_lse import launch, tiled, why_not_triton
+from pixdistill.ops.row_lse import chunked, launch, why_not_triton
 
 from . import report
 from .peer_providers import PROVIDERS, Problem
@@ -170,11 +170,11 @@ def measured_machine(device: str, dtype: torch.dtype, link: float) -> Machine:
 
 
 def rows_at_once(name: str, device: str) -> int:
-    """Queries that share one reading of the keys: a block of the tiled form, a wave of programs."""
+    """Queries that share one reading of the keys: a block of the chunked form, a wave of programs."""
     if name == "ours: triton":
         tile = launch.LAUNCH_TABLE["sm_90"][128].BN
         return tile * torch.cuda.get_device_properties(0).multi_processor_count
-    return (tiled._CUDA_BLOCK if device == "cuda" else tiled._CPU_BLOCK)[0]
+    return (chunked._CUDA_BLOCK if device == "cuda" else chunked._CPU_BLOCK)[0]
 
 
 def model_seconds(record: dict[str, Any], machine: Machine, held: int) -> float:

@@ -5,16 +5,16 @@ from .af_dcd import AfDCDComponents as AfDCDComponents
 from .af_dcd import AfDCDLoss as AfDCDLoss
 from .masked_distillation import MaskedDistillationComponents as MaskedDistillationComponents
 from .masked_distillation import MaskedDistillationLoss as MaskedDistillationLoss
-from .masked_receptive_tokens import MaskedReceptiveTokens as MaskedReceptiveTokens
 from .mhsa_plugin import MHSAPlugin as MHSAPlugin
 from .mhsa_plugin import plug as plug
 from .mhsa_plugin import unplug as unplug
 from .pixel_contrast import PixelContrastComponents as PixelContrastComponents
 from .pixel_contrast import PixelContrastLoss as PixelContrastLoss
 from .pixel_contrast import pixel_contrast_loss as pixel_contrast_loss
+from .pixel_head import PixelHead as PixelHead
+from .pixel_head import tokens_to_map as tokens_to_map
 from .pixel_queue import PixelQueue as PixelQueue
-from .spatial_adaptor import PixelHead as PixelHead
+from .receptive_tokens import MaskedReceptiveTokens as MaskedReceptiveTokens
 from .spatial_adaptor import SpatialAdaptor as SpatialAdaptor
-from .spatial_adaptor import tokens_to_map as tokens_to_map
 
 __version__ = "0.1.0"

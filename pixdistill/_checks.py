@@ -1,198 +1,304 @@
-"""Argument checks that the losses share, which raise ValueError or TypeError and name the argument.
+"""Argument checks: each is called once, by the public function or module that takes the argument.
 
-At the end, how the losses take what they do not train: without its graph.
+Every check raises a ValueError or TypeError that names the argument, what was expected, what came,
+and a remedy. Checks of settings return the setting as a plain `float`, `int` or `str`.
 """
 
 import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.fx
 from torch import Tensor
 
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def check_maps(student: Tensor, teacher: Tensor) -> None:
-    """Two maps `[B, C, *spatial]` of one shape, with one to three spatial axes."""
-    _check_floating("student", student)
-    _check_floating("teacher", teacher)
-    if not 3 <= student.dim() <= 5:
-        raise ValueError(
-            "student must have shape [B, C, *spatial] with one to three spatial axes; "
-            f"got {tuple(student.shape)}"
+Choice = TypeVar("Choice")
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above zero."""
+    number = _real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+    return number
+
+
+def nonnegative(name: str, value: Any) -> float:
+    """A finite number of at least zero."""
+    number = _real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
+    return number
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number from zero to one."""
+    number = _real(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1; got {value!r}")
+    return number
+
+
+def integer(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Anything that `operator.index` takes, of at least `minimum`."""
+    number = _index(name, value, "an int")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value!r}")
+    return number
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """A size in both directions, from one integer or any sequence of two, each at least 1."""
+    sizes = list(value) if _is_sequence(value) else [value, value]
+    if len(sizes) != 2:
+        raise TypeError(f"{name} must be an int or a pair of ints; got {value!r}")
+    height, width = (_index(name, size, "an int or a pair of ints") for size in sizes)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be at least 1; got {value!r}")
+    return height, width
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and not a string that says so."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
+    """One of a few strings (or None)."""
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}; got {value!r}")
+    return cast(Choice, value)
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+def floating(name: str, tensor: Any) -> None:
+    """A tensor of one of the four floating-point dtypes that the losses compute with."""
+    if isinstance(tensor, Mapping):
+        raise TypeError(
+            f"{name} must be a tensor; got a {type(tensor).__name__} with keys {list(tensor)}. "
+            f"Pass one of its maps, such as {name}[{next(iter(tensor), 'out')!r}]."
         )
-    if student.shape == teacher.shape:
-        _check_device("teacher", teacher, student)
+    if isinstance(tensor, torch.fx.Proxy):
+        raise TypeError(
+            f"{name} must be a tensor; got a torch.fx.Proxy. Trace with the module as a leaf: "
+            'create_feature_extractor(..., tracer_kwargs={"leaf_modules": [...]}).'
+        )
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}. "
+            f"Convert it, for example {name}.float()."
+        )
+
+
+def maps(student: Tensor, teacher: Tensor) -> None:
+    """Two maps `[B, C, *spatial]` of one shape and device, with one to three spatial axes."""
+    floating("student", student)
+    floating("teacher", teacher)
+    swapped(student, teacher)
+    if 3 <= student.dim() <= 5 and student.shape == teacher.shape:
+        device("teacher", teacher, student)
         return
-    remedy = "Resize one of them first, for example with F.interpolate."
-    if student.dim() == teacher.dim() and student.shape[1] != teacher.shape[1]:
-        remedy = "Project the student to the teacher's channels first, for example with a 1x1 conv."
     raise ValueError(
-        f"student must have shape [B, C, *spatial] equal to teacher's {tuple(teacher.shape)}; "
-        f"got {tuple(student.shape)}. {remedy}"
+        "student and teacher must be maps [B, C, *spatial] of one shape, with one to three spatial "
+        f"axes; got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. "
+        + _remedy(student, teacher)
     )
 
 
-def check_map(name: str, tensor: Tensor, channels: int | None = None, remedy: str = "") -> None:
+def map_2d(name: str, tensor: Tensor, channels: int | None = None, remedy: str = "") -> None:
     """A map `[B, C, H, W]` with at least one pixel, of `channels` channels if given."""
-    _check_floating(name, tensor)
+    floating(name, tensor)
     shape = tuple(tensor.shape)
     flat = len(shape) != 4 or shape[2] < 1 or shape[3] < 1
-    if flat or (channels is not None and shape[1] != channels):
-        wanted = "C" if channels is None else channels
+    if not flat and (channels is None or shape[1] == channels):
+        return
+    if len(shape) == 3:
+        remedy = remedy or f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
+    elif len(shape) == 4 and shape[3] == channels:
+        remedy = f"For [B, H, W, C], write {name}.permute(0, 3, 1, 2)."
+    wanted = "C" if channels is None else channels
+    raise ValueError(
+        f"{name} must have shape [B, {wanted}, H, W], H and W at least 1; got {shape}. {remedy}".rstrip()
+    )
+
+
+def same_pixels(name: str, tensor: Tensor, teacher: Tensor) -> None:
+    """A map `[B, any, *spatial]` with the teacher's batch and spatial size, on its device."""
+    shape, wanted = tuple(tensor.shape), tuple(teacher.shape)
+    if shape[:1] + shape[2:] != wanted[:1] + wanted[2:]:
+        expected = ", ".join(map(str, (wanted[0], "any", *wanted[2:])))
         raise ValueError(
-            f"{name} must have shape [B, {wanted}, H, W], H and W at least 1; got {shape}{remedy}"
+            f"{name} must have shape [{expected}] to fit the teacher's {wanted}; got {shape}. "
+            + _remedy(tensor, teacher, channels=False)
         )
+    device("teacher", teacher, tensor)
 
 
-def check_same_pixels(name: str, tensor: Tensor, teacher: Tensor) -> None:
-    """A map `[B, any, H, W]` of the teacher's batch and size, on its device."""
-    batch, _, height, width = teacher.shape
-    if tensor.shape[:1] + tensor.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
-        raise ValueError(
-            f"{name} must have shape [{batch}, any, {height}, {width}] to fit the teacher's "
-            f"{tuple(teacher.shape)}; got {tuple(tensor.shape)}. Resize one of them first, for example "
-            "with F.interpolate."
-        )
-    _check_device("teacher", teacher, tensor)
-
-
-def check_rows(student: Tensor, teacher: Tensor) -> None:
-    """Two sets of vectors `[..., N, D]` of one shape."""
-    _check_floating("student", student)
-    _check_floating("teacher", teacher)
+def rows(student: Tensor, teacher: Tensor) -> None:
+    """Two sets of vectors `[..., N, D]` of one shape and device."""
+    floating("student", student)
+    floating("teacher", teacher)
+    swapped(student, teacher)
     if student.dim() < 2 or student.shape != teacher.shape:
         raise ValueError(
-            f"student must have shape [..., N, D] equal to teacher's {tuple(teacher.shape)}; "
-            f"got {tuple(student.shape)}"
+            f"student and teacher must be vectors [..., N, D] of one shape; got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Row n of the teacher is the "
+            "positive of row n of the student."
         )
-    _check_device("teacher", teacher, student)
+    device("teacher", teacher, student)
 
 
-def check_mask(
-    mask: Tensor | None,
-    shape: torch.Size | tuple[int, ...],
+def keys(name: str, tensor: Tensor | None, like: Tensor, width: int) -> None:
+    """Vectors `[K, D]` of the given width on the device of `like`, or None."""
+    if tensor is None:
+        return
+    floating(name, tensor)
+    if tensor.dim() != 2 or tensor.shape[1] != width:
+        raise ValueError(
+            f"{name} must have shape [K, {width}], the width of the student's vectors; "
+            f"got {tuple(tensor.shape)}"
+        )
+    device(name, tensor, like)
+
+
+def mask(
+    value: Tensor | None,
+    shape: Sequence[int],
     like: Tensor,
     *,
     name: str = "valid_mask",
     meaning: str = "used",
 ) -> None:
-    """A bool mask of exactly this shape, on the student's device."""
-    if mask is None:
+    """A bool mask of exactly this shape, on the student's device, or None."""
+    if value is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, True where a pixel is {meaning}; got {got}")
-    if mask.shape != shape:
-        raise ValueError(
-            f"{name} must have one entry a pixel, shape {tuple(shape)}; got {tuple(mask.shape)}"
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        remedy = ""
+        if isinstance(value, Tensor):
+            remedy = (
+                f" For a label map, write {name}=labels != 255."
+                if value.dtype in (torch.int16, torch.int32, torch.int64)
+                else f" Write {name}=mask > 0."
+            )
+        raise TypeError(
+            f"{name} must be a bool tensor, True where a pixel is {meaning}; got {got}.{remedy}"
         )
-    _check_device(name, mask, like)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have one element per pixel, shape {tuple(shape)}; "
+            f"got {tuple(value.shape)}. {_mask_remedy(name, value, tuple(shape))}".rstrip()
+        )
+    device(name, value, like)
 
 
-def check_weights(weights: Tensor | None, masks: Tensor) -> None:
-    """One number a mask, `[B, T]` for masks `[B, T, H, W]`, on their device, or None."""
+def token_weights(weights: Tensor | None, masks: Tensor) -> None:
+    """One weight per mask, `[B, T]` for masks `[B, T, H, W]`, on their device, or None."""
     if weights is None:
         return
-    _check_floating("weights", weights)
+    floating("weights", weights)
     shape = tuple(masks.shape[:2])
-    if weights.shape != shape:
+    if tuple(weights.shape) != shape:
         raise ValueError(f"weights must have shape [B, T], {shape}; got {tuple(weights.shape)}")
-    _check_device("weights", weights, masks)
+    device("weights", weights, masks)
 
 
-def check_positive(name: str, value: float) -> None:
-    """A finite number above zero."""
-    _check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
-
-
-def check_nonnegative(name: str, value: float) -> None:
-    """A finite number, zero or above."""
-    _check_number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
-
-
-def check_share(name: str, value: float) -> None:
-    """A number from zero to one."""
-    _check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1; got {value!r}")
-
-
-def check_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """A size in both directions, from one integer or a pair, each at least one."""
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        height, width = value
-    else:
-        height = width = value
-    for size in (height, width):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int or a pair of them; got {value!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {value!r}")
-    return height, width
-
-
-def check_count(name: str, value: int, *, minimum: int = 1) -> None:
-    """An integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """True or False, and not a string that says so."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; got {value!r}")
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """One of a few words."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-
-
-def check_keys(name: str, keys: Tensor | None, like: Tensor) -> None:
-    """Vectors `[K, D]` of the student's width, or None."""
-    if keys is None:
-        return
-    _check_floating(name, keys)
-    if keys.dim() != 2 or keys.shape[1] != like.shape[-1]:
-        raise ValueError(
-            f"{name} must have shape [K, {like.shape[-1]}], as wide as the student's vectors; "
-            f"got {tuple(keys.shape)}"
-        )
-    _check_device(name, keys, like)
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype; got {tensor.dtype}")
-
-
-def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+def device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """The student's device."""
     if tensor.device != like.device:
         raise ValueError(
-            f"{name} must be on the student's device, {like.device}; got {tensor.device}. Move it."
+            f"{name} must be on the student's device, {like.device}; got {tensor.device}. "
+            f"Move it: {name}.to({str(like.device)!r})."
         )
 
 
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def swapped(student: Tensor, teacher: Tensor) -> None:
+    """Raise where only the teacher has a graph: nothing could be trained."""
+    if torch.is_grad_enabled() and teacher.requires_grad and not student.requires_grad:
+        raise ValueError(
+            "student must require a gradient where teacher does; got only a teacher that does. "
+            "The student is the first argument. To evaluate, use torch.no_grad()."
+        )
+
+
+# --- Remedies -------------------------------------------------------------------------------------
+
+
+def _remedy(student: Tensor, teacher: Tensor, *, channels: bool = True) -> str:
+    """What would really bring two maps together: it depends on the axis that differs."""
+    s, t = tuple(student.shape), tuple(teacher.shape)
+    if len(s) != len(t):
+        if {len(s), len(t)} == {3, 4}:
+            name = "student" if len(s) == 3 else "teacher"
+            return f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
+        return "Both need the same number of spatial axes."
+    if not 3 <= len(s) <= 5:
+        return "For vectors [N, D], use pixdistill.functional.pixel_contrast_loss."
+    last_to_second = (0, len(s) - 1, *range(1, len(s) - 1))
+    for name, shape, other in (("teacher", t, s), ("student", s, t)):
+        permuted = tuple(shape[axis] for axis in last_to_second)
+        if shape[2:] != other[2:] and permuted[2:] == other[2:] and permuted[0] == other[0]:
+            return f"For a channels-last map, write {name}.permute{last_to_second}."
+    if s[0] != t[0]:
+        return (
+            f"The batch differs, {s[0]} against {t[0]}: pass one teacher map per student map, for "
+            "example teacher.repeat_interleave(n, dim=0) or teacher[index]."
+        )
+    remedies = []
+    if channels and s[1] != t[1]:
+        remedies.append(
+            f"Project the student to the teacher's {t[1]} channels, for example with "
+            f"nn.Conv{len(s) - 2}d({s[1]}, {t[1]}, 1)."
+        )
+    if s[2:] != t[2:]:
+        mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[len(s)]
+        remedies.append(
+            f"Resize the student, for example F.interpolate(student, {t[2:]}, mode={mode!r})."
+        )
+    return " ".join(remedies)
+
+
+def _mask_remedy(name: str, value: Tensor, shape: tuple[int, ...]) -> str:
+    got = tuple(value.shape)
+    if got == (shape[0], 1, *shape[1:]):
+        return f"Write {name}={name}.squeeze(1)."
+    if len(got) == len(shape) == 3 and got[0] == shape[0]:
+        return (
+            f"Bring it to the map's size: F.interpolate({name}[:, None].float(), {shape[1:]}, "
+            'mode="nearest")[:, 0] > 0.'
+        )
+    return ""
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
+    return float(value)
 
 
-def savable(tensor: Tensor) -> Tensor:
-    """The tensor; a copy where it was made in inference mode, which autograd cannot save."""
-    # a compiler cannot ask a tensor for its mode: what it compiles raises PyTorch's own error
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensor
-    return tensor.clone() if tensor.is_inference() else tensor
+def _index(name: str, value: Any, wanted: str) -> int:
+    if not isinstance(value, (bool, Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be {wanted}; got {value!r}")
 
 
-def frozen(teacher: Tensor) -> Tensor:
-    """The teacher without its graph; a copy where it was made in inference mode, see `savable`."""
-    return savable(teacher).detach()
+def _is_sequence(value: Any) -> bool:
+    return (
+        hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str)
+    )

@@ -19,21 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import (
-    check_choice,
-    check_count,
-    check_map,
-    check_maps,
-    check_mask,
-    check_nonnegative,
-    check_pair,
-    check_positive,
-    check_same_pixels,
-    check_share,
-    frozen,
-)
+from . import _checks
 from ._projectors import projector_of
-from .ops.patch_lse import BACKENDS, DISTANCES, NEGATIVES, patch_lse
+from .ops.backend import BACKENDS, detached
+from .ops.patch_lse import DISTANCES, NEGATIVES, patch_lse
 
 CONTRASTS = ("omni", "spatial", "channel")
 MIMIC_REDUCTIONS = ("sum", "mean")
@@ -98,12 +87,12 @@ def af_dcd_terms(
     gradient and that no map is cropped.
     """
     groups, patch, rule = _design(contrast, num_groups, patch_size, negatives)
-    pool = (1, 1) if pool_size is None else check_pair("pool_size", pool_size)
-    check_choice("ragged", ragged, RAGGED)
-    check_choice("mimic_reduction", mimic_reduction, MIMIC_REDUCTIONS)
-    check_map("student", student)
-    check_maps(student, teacher)
-    check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+    pool = (1, 1) if pool_size is None else _checks.pair("pool_size", pool_size)
+    _checks.choice("ragged", ragged, RAGGED)
+    _checks.choice("mimic_reduction", mimic_reduction, MIMIC_REDUCTIONS)
+    _checks.map_2d("student", student)
+    _checks.maps(student, teacher)
+    _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
     _check_groups("student", student.shape[1], groups)
     tile = (pool[0] * patch[0], pool[1] * patch[1])
     if ragged == "error" and (student.shape[2] % tile[0] or student.shape[3] % tile[1]):
@@ -112,7 +101,7 @@ def af_dcd_terms(
             f"times patch_size, divide; got {tuple(student.shape)}. Resize them, choose other sizes, or "
             'take ragged="pad".'
         )
-    teacher = frozen(teacher)
+    teacher = detached(teacher)
     mimic = _mimic(student, teacher, mimic_reduction, valid_mask)
     if pool != (1, 1):
         whole = ragged == "error"
@@ -186,20 +175,20 @@ class AfDCDLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_count("student_channels", student_channels)
-        check_count("teacher_channels", teacher_channels)
+        _checks.integer("student_channels", student_channels)
+        _checks.integer("teacher_channels", teacher_channels)
         groups, _, _ = _design(contrast, num_groups, patch_size, negatives)
         _check_groups("teacher", teacher_channels, groups)
         if pool_size is not None:
-            check_pair("pool_size", pool_size)
-        check_positive("temperature", temperature)
-        check_choice("distance", distance, DISTANCES)
-        check_choice("ragged", ragged, RAGGED)
-        check_share("mask_ratio", mask_ratio)
-        check_nonnegative("mimic_weight", mimic_weight)
-        check_nonnegative("contrast_weight", contrast_weight)
-        check_choice("mimic_reduction", mimic_reduction, MIMIC_REDUCTIONS)
-        check_choice("backend", backend, BACKENDS)
+            _checks.pair("pool_size", pool_size)
+        _checks.positive("temperature", temperature)
+        _checks.choice("distance", distance, DISTANCES)
+        _checks.choice("ragged", ragged, RAGGED)
+        _checks.fraction("mask_ratio", mask_ratio)
+        _checks.nonnegative("mimic_weight", mimic_weight)
+        _checks.nonnegative("contrast_weight", contrast_weight)
+        _checks.choice("mimic_reduction", mimic_reduction, MIMIC_REDUCTIONS)
+        _checks.choice("backend", backend, BACKENDS)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
         self.mask_ratio, self.mimic_weight = mask_ratio, mimic_weight
         self.contrast_weight, self.contrast, self.num_groups = contrast_weight, contrast, num_groups
@@ -246,13 +235,13 @@ class AfDCDLoss(nn.Module):
             generator: what draws the mask, on the student's device; by default PyTorch's own.
         """
         remedy = f". This module was made for {self.teacher_channels} teacher channels."
-        check_map("teacher", teacher, self.teacher_channels, remedy)
+        _checks.map_2d("teacher", teacher, self.teacher_channels, remedy)
         remedy = f". This module was made for {self.student_channels} student channels."
-        check_map("student", student, self.student_channels, remedy)
-        check_same_pixels("student", student, teacher)
+        _checks.map_2d("student", student, self.student_channels, remedy)
+        _checks.same_pixels("student", student, teacher)
         pixels = (student.shape[0], *student.shape[2:])
-        check_mask(valid_mask, pixels, student)
-        check_mask(drop_mask, pixels, student, name="drop_mask", meaning="set to zero")
+        _checks.mask(valid_mask, pixels, student)
+        _checks.mask(drop_mask, pixels, student, name="drop_mask", meaning="set to zero")
         if drop_mask is None and self.training and self.mask_ratio > 0:
             noise = torch.empty(pixels, device=student.device).uniform_(generator=generator)
             drop_mask = noise < self.mask_ratio
@@ -301,10 +290,10 @@ def _design(
     contrast: str, num_groups: int, patch_size: int | tuple[int, int], negatives: str
 ) -> tuple[int, tuple[int, int], str]:
     """Groups, patch and rule of negatives by which the one primitive makes a design."""
-    check_choice("contrast", contrast, CONTRASTS)
-    check_choice("negatives", negatives, NEGATIVES)
-    check_count("num_groups", num_groups)
-    patch = check_pair("patch_size", patch_size)
+    _checks.choice("contrast", contrast, CONTRASTS)
+    _checks.choice("negatives", negatives, NEGATIVES)
+    _checks.integer("num_groups", num_groups)
+    patch = _checks.pair("patch_size", patch_size)
     if contrast == "spatial":
         if patch == (1, 1):
             raise ValueError(

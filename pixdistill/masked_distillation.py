@@ -17,17 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._checks import (
-    check_choice,
-    check_count,
-    check_map,
-    check_mask,
-    check_nonnegative,
-    check_same_pixels,
-    check_weights,
-    frozen,
-)
-from .masked_receptive_tokens import MaskedReceptiveTokens, statistics_dtype
+from . import _checks
+from .ops.backend import detached, sum_dtype
+from .receptive_tokens import MaskedReceptiveTokens
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -74,20 +66,20 @@ def masked_distance(
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
     """
-    check_map("teacher", teacher)
-    check_map("student", student, teacher.shape[1])
-    check_same_pixels("student", student, teacher)
-    check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
-    check_map("masks", masks)
-    check_same_pixels("masks", masks, teacher)
-    check_weights(weights, masks)
-    check_nonnegative("eps", eps)
-    dtype = statistics_dtype(student)
+    _checks.map_2d("teacher", teacher)
+    _checks.map_2d("student", student, teacher.shape[1])
+    _checks.same_pixels("student", student, teacher)
+    _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+    _checks.map_2d("masks", masks)
+    _checks.same_pixels("masks", masks, teacher)
+    _checks.token_weights(weights, masks)
+    _checks.nonnegative("eps", eps)
+    dtype = sum_dtype(student)
     with torch.no_grad():
         shares = 1 / masks.shape[1] if weights is None else weights.to(dtype)
         attention = _attention(masks.to(dtype), shares, eps, valid_mask)
-    teacher = frozen(teacher)
-    valid_mask = None if valid_mask is None else frozen(valid_mask)
+    teacher = detached(teacher)
+    valid_mask = None if valid_mask is None else detached(valid_mask)
     if not torch.compiler.is_compiling():
         return _MaskedDistance.apply(student, teacher, attention, valid_mask)
     # A compiler fuses the plain formula and its gradient by itself.
@@ -148,10 +140,10 @@ class MaskedDistillationLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check_nonnegative("eps", eps)
-        check_choice("reduction", reduction, REDUCTIONS)
+        _checks.nonnegative("eps", eps)
+        _checks.choice("reduction", reduction, REDUCTIONS)
         if customize_after is not None:
-            check_count("customize_after", customize_after, minimum=0)
+            _checks.integer("customize_after", customize_after, minimum=0)
         levels = _token_levels(tokens)
         self.tokens = nn.ModuleList(levels).requires_grad_(False)
         self.student_channels = _widths(student_channels, len(levels))
@@ -213,14 +205,16 @@ class MaskedDistillationLoss(nn.Module):
     ) -> Tensor:
         tokens = self.tokens[level]
         assert isinstance(tokens, MaskedReceptiveTokens)
-        check_map("teacher", teacher, tokens.channels)
+        _checks.map_2d("teacher", teacher, tokens.channels)
         if self.student_channels is None:
-            check_map("student", student, tokens.channels, ". Give student_channels to align it.")
+            _checks.map_2d(
+                "student", student, tokens.channels, ". Give student_channels to align it."
+            )
         else:
-            check_map("student", student, self.student_channels[level])
-        check_same_pixels("student", student, teacher)
-        check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
-        teacher = frozen(teacher)
+            _checks.map_2d("student", student, self.student_channels[level])
+        _checks.same_pixels("student", student, teacher)
+        _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+        teacher = detached(teacher)
         if self.align is not None:
             if valid_mask is not None:
                 # A NaN at an invalid pixel must not reach the weight's gradient.
@@ -325,7 +319,7 @@ def _widths(student_channels: int | Sequence[int] | None, count: int) -> tuple[i
             f"got {student_channels!r}"
         )
     for width in widths:
-        check_count("student_channels", width)
+        _checks.integer("student_channels", width)
     return widths
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_count, check_positive
+from . import _checks
 
 POSITIONS = ("sine", "relative", None)
 
@@ -68,12 +68,12 @@ class MHSAPlugin(nn.Module):
         window: int | None = None,
     ) -> None:
         super().__init__()
-        check_count("channels", channels)
-        check_count("num_heads", num_heads)
-        check_choice("position", position, POSITIONS)
-        check_count("key_stride", key_stride)
+        _checks.integer("channels", channels)
+        _checks.integer("num_heads", num_heads)
+        _checks.choice("position", position, POSITIONS)
+        _checks.integer("key_stride", key_stride)
         if window is not None:
-            check_count("window", window)
+            _checks.integer("window", window)
             if key_stride != 1:
                 raise ValueError(f"key_stride must be 1 with a window; got {key_stride}")
         if channels % num_heads:
@@ -249,7 +249,7 @@ def _cut(pixels: Tensor, window: int) -> Tensor:
 
 
 def _feed_forward(channels: int, ratio: float) -> nn.Sequential:
-    check_positive("ffn_ratio", ratio)
+    _checks.positive("ffn_ratio", ratio)
     hidden = max(1, round(ratio * channels))
     inner = nn.Linear(channels, hidden)
     return nn.Sequential(nn.LayerNorm(channels), inner, nn.GELU(), _ZeroLinear(hidden, channels))

@@ -20,19 +20,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ._checks import (
-    check_choice,
-    check_flag,
-    check_keys,
-    check_maps,
-    check_mask,
-    check_positive,
-    check_rows,
-    frozen,
-)
-from .distributed import all_blocks, ring_blocks, total, world_size
+from . import _checks
+from ._distributed import all_blocks, ring_blocks, total, world_size
+from .ops.backend import BACKENDS, detached, operand_dtype
 from .ops.joined_row_lse import joined_row_lse
-from .ops.row_lse import BACKENDS, as_operand, row_lse_and_max
+from .ops.row_lse import row_lse_and_max
 from .pixel_queue import PixelQueue, unit_vectors
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -91,9 +83,9 @@ def pixel_contrast_loss(
     Source: equation of the loss in PCD and its official `pcd/pcd.py`, from which it departs only in
     that a zero vector has zero gradient here and that negatives are a free choice.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_flag("in_batch", in_batch)
-    check_flag("normalize", normalize)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    _checks.flag("in_batch", in_batch)
+    _checks.flag("normalize", normalize)
     terms = _contrast(
         student, teacher, temperature, in_batch, queue_keys, valid_mask, normalize, backend, False
     )
@@ -144,13 +136,13 @@ class PixelContrastLoss(nn.Module):
         gather_mode: str = "all",
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
-        check_flag("normalize", normalize)
-        check_flag("learnable_temperature", learnable_temperature)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("backend", backend, BACKENDS)
-        check_flag("gather_distributed", gather_distributed)
-        check_choice("gather_mode", gather_mode, GATHER_MODES)
+        _checks.positive("temperature", temperature)
+        _checks.flag("normalize", normalize)
+        _checks.flag("learnable_temperature", learnable_temperature)
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        _checks.choice("backend", backend, BACKENDS)
+        _checks.flag("gather_distributed", gather_distributed)
+        _checks.choice("gather_mode", gather_mode, GATHER_MODES)
         self.negatives = _check_negatives(negatives)
         if queue is not None and not isinstance(queue, PixelQueue):
             raise TypeError(f"queue must be a PixelQueue; got {type(queue).__name__}")
@@ -208,8 +200,8 @@ class PixelContrastLoss(nn.Module):
     def _terms(
         self, student: Tensor, teacher: Tensor, valid_mask: Tensor | None, *, with_max: bool
     ) -> "_Terms":
-        check_maps(student, teacher)
-        check_mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+        _checks.maps(student, teacher)
+        _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
         # An image is a batch entry of its own; otherwise all pixels are rows of one matrix.
         pixels = "b (...)" if "image" in self.negatives else "(b ...)"
         return _contrast(
@@ -257,11 +249,11 @@ def _contrast(
     gather_mode: str | None = None,
 ) -> _Terms:
     """The loss of each row `[..., N]`. `wins` means something only `with_max`."""
-    check_rows(student, teacher)
-    check_mask(valid_mask, student.shape[:-1], student)
-    check_keys("queue_keys", queue_keys, student)
+    _checks.rows(student, teacher)
+    _checks.mask(valid_mask, student.shape[:-1], student)
+    _checks.keys("queue_keys", queue_keys, student, student.shape[-1])
     if not isinstance(temperature, Tensor):
-        check_positive("temperature", temperature)
+        _checks.positive("temperature", temperature)
     elif temperature.numel() != 1 or temperature.device != student.device:
         raise ValueError(
             f"temperature must be a number, or one element on {student.device}; "
@@ -271,7 +263,7 @@ def _contrast(
         temperature = temperature.reshape(()).to(torch.promote_types(student.dtype, torch.float32))
     if not in_batch and queue_keys is None:
         raise ValueError("queue_keys must be given when in_batch is False: there is no negative")
-    teacher = frozen(teacher)
+    teacher = detached(teacher)
     if valid_mask is not None:  # also keeps a NaN at an invalid pixel out of every gradient
         student = student.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
         teacher = teacher.masked_fill(~valid_mask.unsqueeze(-1), 0.0)
@@ -291,14 +283,14 @@ def _contrast(
     sources: list[tuple[Tensor, Tensor | None, int | None]] = []
     parts: list[tuple[Tensor, Tensor | None]] = []
     if gather_mode == "ring":
-        blocks = ring_blocks(as_operand(teacher), valid_mask)
+        blocks = ring_blocks(teacher.to(operand_dtype(teacher)), valid_mask)
         parts.append(joined_row_lse(student, blocks, scale, **options))
     elif gather_mode == "all":
-        sources.append(all_blocks(as_operand(teacher), valid_mask))
+        sources.append(all_blocks(teacher.to(operand_dtype(teacher)), valid_mask))
     elif in_batch:
-        sources.append((as_operand(teacher), valid_mask, 0))
+        sources.append((teacher.to(operand_dtype(teacher)), valid_mask, 0))
     if queue_keys is not None and (queue_keys.shape[0] > 0 or not in_batch):
-        sources.append((frozen(queue_keys), None, None))
+        sources.append((detached(queue_keys), None, None))
     parts += [
         row_lse_and_max(
             student, keys, scale, key_mask=key_mask, exclude_offset=exclude_offset, **options
@@ -309,7 +301,14 @@ def _contrast(
     loss = F.softplus(lse - positive, threshold=40)  # exact to rounding in float64 too
     wins = loss.detach()
     if with_max:
-        tie = (as_operand(student).to(dtype) * as_operand(teacher).to(dtype)).sum(dim=-1).detach()
+        tie = (
+            (
+                student.to(operand_dtype(student)).to(dtype)
+                * teacher.to(operand_dtype(teacher)).to(dtype)
+            )
+            .sum(dim=-1)
+            .detach()
+        )
         reach = scale * tie + 1e-5 * (scale * tie).abs()  # a tie to rounding of what is multiplied
         beaten = [top <= reach for _, top in parts if top is not None]
         wins = functools.reduce(torch.logical_and, beaten).to(dtype)

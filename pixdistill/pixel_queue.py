@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_count, check_flag
-from .distributed import broadcast, gather_rows, world_size
+from . import _checks
+from ._distributed import broadcast, gather_rows, world_size
 
 # At or below this norm a vector has no direction: PCD's (and F.normalize's) epsilon.
 MIN_NORM = 1e-12
@@ -63,9 +63,9 @@ class PixelQueue(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("size", size)
-        check_count("dim", dim)
-        check_flag("gather_distributed", gather_distributed)
+        _checks.integer("size", size)
+        _checks.integer("dim", dim)
+        _checks.flag("gather_distributed", gather_distributed)
         self.size = size
         self.dim = dim
         self.gather_distributed = gather_distributed

@@ -176,3 +176,54 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(result, torch.Tensor):
                 self.size = max(self.size, result.numel())
         return results
+
+
+class _CountedOperators(TorchDispatchMode):
+    """Counts the operators that would launch a kernel: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns = func._schema.returns
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        name = func._schema.name.removeprefix("aten::")
+        free = name.startswith(("empty", "new_empty", "promote_types", "pixdistill::"))
+        if not view and not free:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call) -> list[str]:
+    """Names of all that `call()` would launch on a GPU: PyTorch's operators and Triton's kernels.
+
+    Kernels are counted under Triton's interpreter as on a GPU. `len` of it is what tests hold.
+    """
+    counted = _CountedOperators()
+    patched = []
+    if "triton" in sys.modules:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        for kind in (InterpretedFunction, JITFunction):
+            original = kind.run
+
+            def run(self, *args, original=original, **kwargs):
+                counted.names.append(self.fn.__name__)
+                from torch.utils._python_dispatch import _disable_current_modes
+
+                with (
+                    _disable_current_modes()
+                ):  # the interpreter copies tensors to the host and back
+                    return original(self, *args, **kwargs)
+
+            patched.append((kind, original))
+            kind.run = run
+    try:
+        with counted:
+            call()
+    finally:
+        for kind, original in patched:
+            kind.run = original
+    return counted.names

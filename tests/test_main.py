@@ -9,7 +9,7 @@ import torch
 from helpers import BACKENDS, TRITON_DEVICE, run
 
 import pixdistill
-from pixdistill.ops.row_lse import tiled
+from pixdistill.ops.row_lse import chunked
 
 OPERATORS = ("row_lse", "patch_lse")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -104,8 +104,8 @@ def without_triton(monkeypatch):
 )
 @pytest.mark.usefixtures("without_triton")
 def test_a_backend_that_computes_something_else_is_wrong(capsys, monkeypatch, fault, shown):
-    right = tiled.row_lse
-    monkeypatch.setattr(tiled, "row_lse", lambda *a, **k: fault(*right(*a, **k)))
+    right = chunked.row_lse
+    monkeypatch.setattr(chunked, "row_lse", lambda *a, **k: fault(*right(*a, **k)))
     status, out = report(capsys)
     assert status == 1
     for name, _, dtype, backend, verdict in rows(out, "largest relative error"):
@@ -123,7 +123,7 @@ def test_a_backend_that_raises_is_wrong_and_says_why(capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(tiled, "row_lse", fail)
+    monkeypatch.setattr(chunked, "row_lse", fail)
     status, out = report(capsys)
     assert status == 1
     count = len(DTYPES) * (1 + torch.cuda.device_count())

@@ -17,7 +17,7 @@ LAYERS = {
     "pixel_contrast": 2,
     "spatial_adaptor": 2,
     "mhsa_plugin": 2,
-    "masked_receptive_tokens": 1,
+    "receptive_tokens": 1,
     "pixel_queue": 1,
     "_head_layers": 1,
     "_projectors": 1,
@@ -58,7 +58,7 @@ def test_imports_run_one_way(path):
             assert target[0] == "ops", f"{path} imports {name}"
             if parts[-1] == "reference":
                 pytest.fail(f"the oracle shares no code, but imports {name}")
-            if parts[-1] in ("tiled", "launch", "arguments"):
+            if parts[-1] in ("chunked", "launch", "arguments"):
                 pytest.fail(f"{path} imports {name}")
             if parts[-1] == "triton_kernels":
                 assert target[2] == "launch", f"{path} imports {name}"
@@ -283,7 +283,7 @@ WAITS = {
     # A report that is printed; no training step passes there.
     "__main__.py": [".cpu("],
     # Of maps on a CPU only, where nothing has to wait.
-    "ops/patch_lse/tiled.py": ["nonzero(", "nonzero("],
+    "ops/patch_lse/chunked.py": ["nonzero(", "nonzero("],
 }
 """All calls in the package that may wait for a GPU."""
 

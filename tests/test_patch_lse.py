@@ -23,11 +23,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pixdistill.ops.patch_lse import (
     DISTANCES,
     NEGATIVES,
+    chunked,
     launch,
     patch_lse,
     patch_lse_op,
     reference,
-    tiled,
     triton_kernels,
     why_not_triton,
 )
@@ -157,7 +157,7 @@ def test_blocks_join_exactly(pairs, negatives, masked, monkeypatch):
     options |= {"valid_mask": some_mask(3, 7, 8) if masked else None}
     for distance in DISTANCES:
         whole = call("reference", student, teacher, distance=distance, **options)
-        monkeypatch.setattr(tiled, "_CPU_BLOCK", pairs)
+        monkeypatch.setattr(chunked, "_CPU_BLOCK", pairs)
         assert_same(call("torch", student, teacher, distance=distance, **options), whole, 1e-13)
         monkeypatch.undo()
 
@@ -179,8 +179,8 @@ def test_near_pairs_and_all_pairs_give_the_same(few, case, distance, masked, mon
         options = {"groups": groups, "patch": patch, "distance": distance, "valid_mask": mask}
         options |= {"negatives": negatives, "temperature": temperature}
         truth = differentiate(loops, student, teacher, **options)
-        monkeypatch.setattr(tiled, "_FEW", few)
-        monkeypatch.setattr(tiled, "_CPU_BLOCK", pairs)
+        monkeypatch.setattr(chunked, "_FEW", few)
+        monkeypatch.setattr(chunked, "_CPU_BLOCK", pairs)
         assert_same(call("torch", student, teacher, **options), truth, 1e-13)
         assert_same(call("torch", student.float(), teacher.float(), **options), truth)
         monkeypatch.undo()
@@ -191,8 +191,8 @@ def test_the_form_follows_how_many_pairs_are_near(temperature, form, monkeypatch
     student, teacher = maps(2, 64, 4, 4)
     options = {"groups": 8, "patch": (4, 4), "temperature": temperature}
     expected = call("torch", student.double(), teacher.double(), **options)
-    original, called = getattr(tiled, form), []
-    monkeypatch.setattr(tiled, form, lambda *a: called.append(1) or original(*a))
+    original, called = getattr(chunked, form), []
+    monkeypatch.setattr(chunked, form, lambda *a: called.append(1) or original(*a))
     assert_same(call("torch", student, teacher, **options), expected)
     assert called
 
@@ -201,7 +201,7 @@ def test_the_form_follows_how_many_pairs_are_near(temperature, form, monkeypatch
 @pytest.mark.parametrize("beyond", [0.999, 1.001])
 def test_what_is_not_near_is_lost_in_rounding(dtype, beyond, monkeypatch):
     """The worst case: one negative at distance 1, and all others where nearness ends."""
-    monkeypatch.setattr(tiled, "_FEW", ALWAYS)
+    monkeypatch.setattr(chunked, "_FEW", ALWAYS)
     groups, temperature = 512, 0.25
     reach = math.log(8 * groups / torch.finfo(dtype).eps)
     teacher = torch.full((1, groups, 1, 1), 1 + beyond * reach * temperature, dtype=dtype)
@@ -525,7 +525,7 @@ def test_second_order_and_forward_mode_raise(backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_no_gradient_is_made_that_nobody_wants(backend, monkeypatch):
-    module = tiled if backend == "torch" else triton_kernels
+    module = chunked if backend == "torch" else triton_kernels
     asked = []
     original = module.patch_lse
 
@@ -558,7 +558,7 @@ def test_every_output_is_written(backend, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     student, teacher = maps(2, 10, 5, 3)
-    module = tiled if backend == "torch" else triton_kernels
+    module = chunked if backend == "torch" else triton_kernels
     student, teacher, mask = (
         x.to(device_of(backend)) for x in (student, teacher, some_mask(2, 5, 3))
     )
@@ -574,8 +574,8 @@ def test_memory_is_a_block_whatever_the_patches():
     student, teacher = maps(2, 64, 32, 64)
     arguments = (student, teacher, None, 4, (16, 16), 0.3, "l1", "other_groups")
     with LargestTensor() as largest:
-        tiled.patch_lse(*arguments, with_grad=True)
-    assert largest.size <= max(tiled._CPU_BLOCK, student.numel())
+        chunked.patch_lse(*arguments, with_grad=True)
+    assert largest.size <= max(chunked._CPU_BLOCK, student.numel())
     with LargestTensor() as largest:
         reference.patch_lse(student[:, :, :16, :16], teacher[:, :, :16, :16], *arguments[2:])
     assert largest.size >= 2 * 1024**2 * 16  # the measurement sees what it should
@@ -584,14 +584,16 @@ def test_memory_is_a_block_whatever_the_patches():
 @pytest.mark.parametrize(("groups", "patch"), [(1, 4), (16, 4), (16, 1)])
 def test_memory_is_a_block_whatever_the_map(groups, patch, monkeypatch):
     """Of a map eight times a block: one vector a pixel has few pairs, but as many numbers as others."""
-    monkeypatch.setattr(tiled, "_CPU_BLOCK", 2**14)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", 2**14)
     student, teacher = maps(2, 64, 32, 32)
     options = {"groups": groups, "patch": (patch, patch), "temperature": 0.3, "backend": "torch"}
-    original, held = tiled._contrast, []
-    monkeypatch.setattr(tiled, "_contrast", lambda s, *a: held.append(s.numel()) or original(s, *a))
+    original, held = chunked._contrast, []
+    monkeypatch.setattr(
+        chunked, "_contrast", lambda s, *a: held.append(s.numel()) or original(s, *a)
+    )
     patch_lse(student, teacher, **options)
     assert sum(held) == student.numel()
-    assert max(held) <= tiled._CPU_BLOCK
+    assert max(held) <= chunked._CPU_BLOCK
 
 
 # --- Properties -----------------------------------------------------------------------------------
@@ -700,7 +702,7 @@ def test_kernel_splits_the_rows_of_a_patch(rows, distance):
     student, teacher = (x.to(TRITON_DEVICE) for x in maps(2, 9, 3, 2))
     mask = torch.tensor([[True, True], [False, True], [True, True]]).repeat(2, 1, 1)
     arguments = (mask, 3, (2, 2), 0.3, distance, "all_others")
-    truth = tiled.patch_lse(student.cpu(), teacher.cpu(), *arguments, with_grad=True)
+    truth = chunked.patch_lse(student.cpu(), teacher.cpu(), *arguments, with_grad=True)
     arguments = (mask.to(TRITON_DEVICE), *arguments[1:])
     ours = triton_kernels.patch_lse(
         student, teacher, *arguments, with_grad=True, launch=launch.Launch(4, rows, 1, 255)
@@ -818,8 +820,8 @@ def test_auto_takes_the_blocked_form_on_a_cpu(monkeypatch):
     student, teacher = maps(1, 4, 2, 2)
     options = {"groups": 2, "patch": (2, 2), "temperature": 0.3}
     called = []
-    original = tiled.patch_lse
-    monkeypatch.setattr(tiled, "patch_lse", lambda *a, **o: called.append(1) or original(*a, **o))
+    original = chunked.patch_lse
+    monkeypatch.setattr(chunked, "patch_lse", lambda *a, **o: called.append(1) or original(*a, **o))
     patch_lse(student, teacher, **options)
     assert called
     assert "float64" in why_not_triton(student.double(), 2)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pixdistill import PixelContrastLoss, PixelQueue, functional, pixel_contrast_loss
-from pixdistill.ops.row_lse import tiled
+from pixdistill.ops.row_lse import chunked
 
 FAST = ("torch", "triton")
 EXACT = ("reference", "torch")  # these take float64
@@ -906,13 +906,13 @@ def test_results_are_float32_and_gradients_have_the_input_dtype(dtype, reduction
 def test_vectors_reach_the_kernel_in_their_own_dtype(dtype, monkeypatch):
     """Half maps are not widened: that would double what backward keeps."""
     seen = []
-    original = tiled.row_lse
+    original = chunked.row_lse
 
     def spy(query, keys, *args, **options):
         seen.extend([query.dtype, keys.dtype])
         return original(query, keys, *args, **options)
 
-    monkeypatch.setattr(tiled, "row_lse", spy)
+    monkeypatch.setattr(chunked, "row_lse", spy)
     student, teacher = maps(2, 6, 2, 3, dtype=dtype)
     build("torch")(student, teacher)
     assert seen == [dtype, dtype]
@@ -1221,13 +1221,13 @@ def test_perfect_student_has_accuracy_and_similarity_one(backend):
 @pytest.mark.parametrize("negatives", NEGATIVES, ids=str)
 def test_components_take_no_further_pass(negatives, monkeypatch):
     passes = []
-    original = tiled.row_lse
+    original = chunked.row_lse
 
     def spy(*args, **options):
         passes.append(options["with_max"])
         return original(*args, **options)
 
-    monkeypatch.setattr(tiled, "row_lse", spy)
+    monkeypatch.setattr(chunked, "row_lse", spy)
     student, teacher = maps(2, 6, 2, 3, dtype=torch.float32)
     loss = build("torch", negatives, unit(5, 6, dtype=torch.float32))
     sources = 1 if isinstance(negatives, str) else len(negatives)

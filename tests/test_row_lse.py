@@ -16,9 +16,9 @@ from helpers import (
 from helpers import high_precision as high_precision
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pixdistill.ops.availability import why_no_kernel
-from pixdistill.ops.row_lse import row_lse, row_lse_and_max, tiled
+
+from pixdistill.ops.row_lse import chunked, row_lse, row_lse_and_max
 
 FAST = ("torch", "triton")
 FLOAT32 = {
@@ -104,7 +104,7 @@ def test_blocks_join_exactly(block, masked, offset, bound, monkeypatch):
     mask = torch.rand(3, 50, generator=torch.Generator().manual_seed(3)) > 0.4 if masked else None
     options = {"key_mask": mask, "exclude_offset": offset, "logit_bound": bound, "grad_keys": True}
     expected = call("reference", query, keys, 5.0, **options)
-    monkeypatch.setattr(tiled, "_CPU_BLOCK", block)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", block)
     ours = call("torch", query, keys, 5.0, **options)
     for part, right in zip((*ours[:2], *ours[2]), (*expected[:2], *expected[2]), strict=True):
         assert_close(part, right, 1e-12)
@@ -245,13 +245,13 @@ def test_batch_axes_broadcast(backend, shapes, offset):
 def test_shared_keys_are_never_copied(monkeypatch):
     """One bank for a batch, and one bank with a mask per batch entry, reach the kernel in place."""
     seen = []
-    original = tiled.row_lse
+    original = chunked.row_lse
 
     def spy(query, keys, *args, **options):
         seen.append(keys)
         return original(query, keys, *args, **options)
 
-    monkeypatch.setattr(tiled, "row_lse", spy)
+    monkeypatch.setattr(chunked, "row_lse", spy)
     bank = unit(50, 8, dtype=torch.float32)
     row_lse(unit(6, 3, 4, 8, dtype=torch.float32), bank, 1.0)
     row_lse(unit(6, 4, 8, dtype=torch.float32), bank, 1.0, key_mask=torch.ones(6, 50).bool())
@@ -430,14 +430,14 @@ def test_forward_mode_raises_and_reference_is_right():
 @pytest.mark.parametrize("backend", FAST)
 def test_nothing_is_computed_for_a_gradient_that_nobody_wants(backend, monkeypatch):
     if backend == "torch":
-        module = tiled
+        module = chunked
     else:
         from pixdistill.ops.row_lse import triton_kernels as module
     asked = []
     original = module.row_lse
 
     def spy(*args, **options):
-        asked.append(options["with_expected_key"])
+        asked.append(options["with_weighted_keys"])
         return original(*args, **options)
 
     monkeypatch.setattr(module, "row_lse", spy)

@@ -11,12 +11,12 @@ from helpers import high_precision as high_precision
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pixdistill.ops.row_lse import (
+    chunked,
     launch,
     row_lse,
     row_lse_and_max,
     row_lse_grad_keys_op,
     row_lse_op,
-    tiled,
     triton_kernels,
 )
 
@@ -29,12 +29,12 @@ def test_opcheck(mask, offset):
     query, keys = unit(2, 6, 4, seed=1).requires_grad_(), unit(2, 7, 4, seed=2).requires_grad_()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     key_mask = torch.arange(14).view(2, 7) % 3 > 0 if mask else None
-    for expected_key, largest in itertools.product((True, False), repeat=2):
+    for weighted_keys, largest in itertools.product((True, False), repeat=2):
         torch.library.opcheck(
             row_lse_op,
-            (query, keys, scale, key_mask, offset, 4.0, "torch", expected_key, largest),
+            (query, keys, scale, key_mask, offset, 4.0, "torch", weighted_keys, largest),
             test_utils=("test_schema", "test_faketensor")
-            if not expected_key
+            if not weighted_keys
             else (
                 "test_schema",
                 "test_faketensor",
@@ -103,25 +103,27 @@ def problem(groups=2, rows=37, columns=83, width=24, dtype=torch.float32):
 def exactly(query, keys, scale, mask, offset):
     arguments = (query.double().cpu(), keys.double().cpu(), scale.double().cpu())
     mask = None if mask is None else mask.cpu()
-    return tiled.row_lse(
-        *arguments, mask, offset, shifted=True, with_expected_key=True, with_max=True
+    return chunked.row_lse(
+        *arguments, mask, offset, subtract_max=True, with_weighted_keys=True, with_max=True
     )
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 50])
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("subtract_max", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("offset", [None, 0, -30, 40, 1000])
-def test_kernel_variants(splits, shifted, masked, offset):
+def test_kernel_variants(splits, subtract_max, masked, offset):
     query, keys, scale, mask = problem()
     mask = mask if masked else None
     arguments = (query, keys, scale, mask, offset)
-    variant = partial(triton_kernels.row_lse, shifted=shifted, splits=splits, launch=LAUNCH)
-    results = variant(*arguments, with_expected_key=True, with_max=True)
+    variant = partial(
+        triton_kernels.row_lse, subtract_max=subtract_max, splits=splits, launch=LAUNCH
+    )
+    results = variant(*arguments, with_weighted_keys=True, with_max=True)
     tolerance = 2e-6 if TRITON_DEVICE == "cpu" else 2e-3
     for ours, truth in zip(results, exactly(*arguments), strict=True):
         assert_close(ours, truth, tolerance)
-    bare = variant(*arguments, with_expected_key=False, with_max=False)
+    bare = variant(*arguments, with_weighted_keys=False, with_max=False)
     assert bare[1:] == (None, None)
     assert_close(bare[0], results[0], 1e-6)
 
@@ -148,7 +150,7 @@ def test_keys_gradient_variants(splits, masked, offset, dtype):
         launch=LAUNCH,
     )
     cpu = [x.double().cpu() for x in (query, keys, scale)]
-    truth = tiled.row_lse_grad_keys(
+    truth = chunked.row_lse_grad_keys(
         grad.double(), *cpu, None if mask is None else mask.cpu(), offset, lse
     )
     assert ours.dtype == dtype
@@ -167,8 +169,8 @@ def test_a_split_that_sees_no_key_of_a_row_joins_as_nothing():
         scale,
         mask,
         None,
-        shifted=True,
-        with_expected_key=True,
+        subtract_max=True,
+        with_weighted_keys=True,
         with_max=True,
         splits=3,
         launch=LAUNCH,
@@ -182,7 +184,7 @@ def test_a_split_that_sees_no_key_of_a_row_joins_as_nothing():
 def test_every_width_is_padded_to_a_tile(width):
     query, keys, scale, _ = problem(groups=1, rows=5, columns=9, width=width)
     results = triton_kernels.row_lse(
-        query, keys, scale, None, None, shifted=True, with_expected_key=True, with_max=True
+        query, keys, scale, None, None, subtract_max=True, with_weighted_keys=True, with_max=True
     )
     assert results[1].shape == (1, 5, width)
     for ours, truth in zip(results, exactly(query, keys, scale, None, None), strict=True):
@@ -198,23 +200,23 @@ def test_medium_precision_multiplies_in_bfloat16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shifted", [False, True])
-def test_streaming_form_with_half_operands(dtype, shifted, monkeypatch):
+@pytest.mark.parametrize("subtract_max", [False, True])
+def test_streaming_form_with_half_operands(dtype, subtract_max, monkeypatch):
     """What a GPU does with wide half-precision features, run here on the CPU."""
-    monkeypatch.setattr(tiled, "_operand_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(tiled, "_CPU_BLOCK", (16, 32))
+    monkeypatch.setattr(chunked, "_operand_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", (16, 32))
     query, keys, scale, mask = (x.cpu() for x in problem(width=40, dtype=dtype))
-    options = {"shifted": shifted, "with_expected_key": True, "with_max": True}
-    ours = tiled.row_lse(query, keys, scale, mask, 2, **options)
+    options = {"subtract_max": subtract_max, "with_weighted_keys": True, "with_max": True}
+    ours = chunked.row_lse(query, keys, scale, mask, 2, **options)
     truth = exactly(query, keys, scale, mask, 2)
     tolerance = 3e-3 if dtype == torch.float16 else 2e-2
     for part, right in zip(ours, truth, strict=True):
         assert_close(part, right, tolerance)
     grad = torch.linspace(0.0, 1.0, 74).view(2, 37)
     arguments = (query, keys, scale, mask, 2)
-    grad_keys = tiled.row_lse_grad_keys(grad, *arguments, truth[0].float())
+    grad_keys = chunked.row_lse_grad_keys(grad, *arguments, truth[0].float())
     monkeypatch.undo()
-    right = tiled.row_lse_grad_keys(
+    right = chunked.row_lse_grad_keys(
         grad.double(), *(x.double() for x in arguments[:3]), mask, 2, truth[0]
     )
     assert_close(grad_keys, right, 2 * tolerance)
@@ -231,9 +233,9 @@ def test_unwritten_outputs_would_show(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda x, **o: torch.full_like(x, torch.nan, **o))
     query, keys, scale, mask = problem()
-    options = {"shifted": False, "with_expected_key": True, "with_max": True}
+    options = {"subtract_max": False, "with_weighted_keys": True, "with_max": True}
     fused = triton_kernels.row_lse(query, keys, scale, mask, 0, **options, splits=2, launch=LAUNCH)
-    streamed = tiled.row_lse(query, keys, scale, mask, 0, **options)
+    streamed = chunked.row_lse(query, keys, scale, mask, 0, **options)
     for part in (*fused, *streamed):
         assert not part.isnan().any()
 

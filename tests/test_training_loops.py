@@ -31,7 +31,7 @@ from pixdistill import (
     PixelQueue,
     SpatialAdaptor,
 )
-from pixdistill.ops.row_lse import tiled
+from pixdistill.ops.row_lse import chunked
 
 WIDTH = 16
 
@@ -415,13 +415,13 @@ def test_no_operator_inside_row_lse_needs_a_number_on_the_host():
             torch.empty(()),
         )
         for shifted in (False, True):
-            tiled.row_lse(
+            chunked.row_lse(
                 *(query, keys, scale, mask, 3),
                 shifted=shifted,
                 with_expected_key=True,
                 with_max=True,
             )
-        tiled.row_lse_grad_keys(rows, query, keys, scale, mask, 3, rows)
+        chunked.row_lse_grad_keys(rows, query, keys, scale, mask, 3, rows)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .first_order import FirstOrderOnly
-from .row_lse import as_operand, row_lse_and_max, row_lse_op
-from .row_lse.tiled import accumulation_dtype
+from .backend import FirstOrderOnly, operand_dtype, sum_dtype
+from .row_lse import row_lse_and_max, row_lse_op
 
 Keys = tuple[Tensor, Tensor | None, int | None]
 """keys `[M, D]`, their mask `[M]`, and the exclude_offset, as `row_lse` takes them"""
@@ -30,12 +29,12 @@ def joined_row_lse(
     backend: str = "auto",
     with_max: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-sum-exp `[N]` of the query `[N, D]` over all blocks, and the largest logit `with_max`.
+    """Log-sum-exp `[N]` of the query `[N, D]` over all blocks, and the max_logit logit `with_max`.
 
     Each block may be overwritten as soon as the next is asked for. Arguments as in `row_lse`; keys
     get no gradient. `backend="reference"` keeps the blocks, and asks for them all at first.
     """
-    query = as_operand(query)
+    query = query.to(operand_dtype(query))
     if backend == "reference":
         parts = [
             row_lse_and_max(
@@ -49,15 +48,15 @@ def joined_row_lse(
             for keys, mask, offset in blocks
         ]
         lse = functools.reduce(torch.logaddexp, [part for part, _ in parts])
-        largest = functools.reduce(torch.maximum, [top for _, top in parts if top is not None])
-        return lse, largest if with_max else None
-    dtype = accumulation_dtype(query)
+        max_logit = functools.reduce(torch.maximum, [top for _, top in parts if top is not None])
+        return lse, max_logit if with_max else None
+    dtype = sum_dtype(query)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()).to(dtype)
     else:
         scale = torch.full((), scale, dtype=dtype, device=query.device)
-    lse, largest = _JoinedRowLSE.apply(query, scale, blocks, logit_bound, backend, with_max)
-    return lse, largest if with_max else None
+    lse, max_logit = _JoinedRowLSE.apply(query, scale, blocks, logit_bound, backend, with_max)
+    return lse, max_logit if with_max else None
 
 
 class _JoinedRowLSE(torch.autograd.Function):
@@ -72,9 +71,9 @@ class _JoinedRowLSE(torch.autograd.Function):
         with_max: bool,
     ) -> tuple[Tensor, Tensor]:
         with_mean = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        dtype = accumulation_dtype(query)
+        dtype = sum_dtype(query)
         lse = query.new_full(query.shape[:1], -torch.inf, dtype=dtype)
-        largest = lse.clone()
+        max_logit = lse.clone()
         mean = query.new_zeros(query.shape if with_mean else 0, dtype=dtype)
         for keys, mask, offset in blocks:
             part, part_mean, top = row_lse_op(
@@ -95,12 +94,12 @@ class _JoinedRowLSE(torch.autograd.Function):
                 weight = (part[0].unsqueeze(-1) - finite).exp_()
                 mean.addcmul_(weight, part_mean[0].to(dtype))
             if with_max:
-                largest = torch.maximum(largest, top[0])
+                max_logit = torch.maximum(max_logit, top[0])
             lse = joined
-        ctx.mark_non_differentiable(largest)
+        ctx.mark_non_differentiable(max_logit)
         # The query also serves a second differentiation to find its way here, to be refused.
         ctx.save_for_backward(query, scale, mean.to(query.dtype))
-        return lse, largest
+        return lse, max_logit
 
     @staticmethod
     def backward(ctx: Any, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

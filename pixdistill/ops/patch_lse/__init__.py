@@ -21,12 +21,15 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ..availability import why_no_kernel
-from ..first_order import FirstOrderOnly
-from . import reference, tiled
-from .arguments import BACKENDS as BACKENDS
+from ..backend import (
+    FirstOrderOnly,
+    choose,
+    refuse_transforms,
+    sum_dtype,
+    why_no_kernel,
+)
+from . import chunked, reference
 from .arguments import DISTANCES as DISTANCES
 from .arguments import NEGATIVES as NEGATIVES
 from .arguments import check
@@ -86,8 +89,7 @@ def patch_lse(
     settings = (float(temperature), distance, negatives)
     if backend == "reference":
         return reference.patch_lse(student, teacher, valid_mask, groups, patch, *settings)
-    if not torch.compiler.is_compiling() and unpack_dual(student).tangent is not None:
-        raise RuntimeError('patch_lse has no forward-mode gradient; use backend="reference"')
+    refuse_transforms("patch_lse", student)
     with_grad = torch.is_grad_enabled() and student.requires_grad
     return patch_lse_op(
         student, teacher, valid_mask, groups, *patch, *settings, backend, with_grad
@@ -108,12 +110,8 @@ def why_not_triton(student: Tensor, groups: int) -> str | None:
 
 def _implementation(student: Tensor, groups: int, backend: str) -> ModuleType:
     """The module that computes: the only place that picks a backend."""
-    reason = None if backend == "torch" else why_not_triton(student, groups)
-    if backend == "triton" and reason is not None:
-        raise ValueError(f'backend="triton" cannot run here: {reason}. Use backend="auto".')
-    interpreted = student.device.type != "cuda"  # slow: only when asked for
-    if backend == "torch" or reason is not None or (interpreted and backend == "auto"):
-        return tiled
+    if choose(backend, student.device, why_not_triton(student, groups)) != "triton":
+        return chunked
     from . import triton_kernels  # loads triton
 
     return triton_kernels
@@ -167,7 +165,7 @@ def _(
     with_grad,
 ):
     batch, _, height, width = student.shape
-    dtype = tiled.accumulation_dtype(student)
+    dtype = sum_dtype(student)
     margin = student.new_empty((batch, groups, height, width), dtype=dtype)
     return margin, student.new_empty(student.shape if with_grad else 0)
 

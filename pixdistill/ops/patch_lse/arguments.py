@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+from ..backend import BACKENDS
+
 DISTANCES = ("l1", "l2")
 NEGATIVES = ("other_groups", "all_others")
 

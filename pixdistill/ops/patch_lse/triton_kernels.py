@@ -169,7 +169,7 @@ def patch_lse(
     with_grad: bool,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Same contract as `tiled.patch_lse`. `launch` overrides the rule, for tests."""
+    """Same contract as `chunked.patch_lse`. `launch` overrides the rule, for tests."""
     batch, channels, height, width = student.shape
     margin = student.new_empty((batch, groups, height, width), dtype=torch.float32)
     grad = student.new_empty(student.shape) if with_grad else None

@@ -16,14 +16,17 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ..availability import why_no_kernel
-from ..first_order import FirstOrderOnly
-from . import reference, tiled
-from .arguments import BACKENDS as BACKENDS
+from ..backend import (
+    FirstOrderOnly,
+    choose,
+    operand_dtype,
+    refuse_transforms,
+    sum_dtype,
+    why_no_kernel,
+)
+from . import chunked, reference
 from .arguments import Groups, check
-from .arguments import as_operand as as_operand
 
 # Widest features of the fused kernel: wider tiles spill registers (`python -m benchmarks kernels`).
 _FUSED_WIDTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
@@ -101,28 +104,25 @@ def row_lse_and_max(
     backend: str = "auto",
     with_max: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`row_lse`, and in the same pass the largest logit `[..., N]` of each query, without gradient.
+    """`row_lse`, and in the same pass the max_logit logit `[..., N]` of each query, without gradient.
 
     The second result is None unless `with_max`. A query that sees no key has -inf.
     """
     check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend)
-    query = as_operand(query)
+    query = query.to(operand_dtype(query))
     if backend == "reference":
-        lse, largest = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
-        return lse, largest if with_max else None
+        lse, max_logit = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
+        return lse, max_logit if with_max else None
 
-    if not torch.compiler.is_compiling() and any(
-        unpack_dual(tensor).tangent is not None for tensor in (query, keys)
-    ):
-        raise RuntimeError('row_lse has no forward-mode gradient; use backend="reference"')
-    dtype = tiled.accumulation_dtype(query)
+    refuse_transforms("row_lse", query, keys)
+    dtype = sum_dtype(query)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()).to(dtype)
     else:
         scale = torch.full((), scale, dtype=dtype, device=query.device)
     groups = Groups(query, keys, key_mask, fold_rows=exclude_offset is None)
-    with_expected_key = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-    lse, _, largest = row_lse_op(
+    with_weighted_keys = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
+    lse, _, max_logit = row_lse_op(
         groups.query,
         groups.keys,
         scale,
@@ -130,10 +130,10 @@ def row_lse_and_max(
         exclude_offset,
         logit_bound,
         backend,
-        with_expected_key,
+        with_weighted_keys,
         with_max,
     )
-    return groups.restore(lse), groups.restore(largest) if with_max else None
+    return groups.restore(lse), groups.restore(max_logit) if with_max else None
 
 
 def why_not_triton(query: Tensor) -> str | None:
@@ -162,12 +162,8 @@ def why_not_triton(query: Tensor) -> str | None:
 
 def _implementation(query: Tensor, backend: str) -> ModuleType:
     """The module that computes: the only place that picks a backend."""
-    reason = None if backend == "torch" else why_not_triton(query)
-    if backend == "triton" and reason is not None:
-        raise ValueError(f'backend="triton" cannot run here: {reason}. Use backend="auto".')
-    interpreted = query.device.type != "cuda"  # slow: only when asked for
-    if backend == "torch" or reason is not None or (interpreted and backend == "auto"):
-        return tiled
+    if choose(backend, query.device, why_not_triton(query)) != "triton":
+        return chunked
     from . import triton_kernels  # loads triton
 
     return triton_kernels
@@ -185,11 +181,11 @@ def row_lse_op(
     exclude_offset: int | None,
     logit_bound: float | None,
     backend: str,
-    with_expected_key: bool,
+    with_weighted_keys: bool,
     with_max: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse `[G, N]`, expected key `[G, N, D]` and largest logit `[G, N]`; empty where not asked for."""
-    shifted = logit_bound is None or logit_bound > _UNSHIFTED_BOUND.get(query.dtype, 60.0)
+    """lse `[G, N]`, expected key `[G, N, D]` and max_logit logit `[G, N]`; empty where not asked for."""
+    subtract_max = logit_bound is None or logit_bound > _UNSHIFTED_BOUND.get(query.dtype, 60.0)
     with torch.autocast(query.device.type, enabled=False):
         result = _implementation(query, backend).row_lse(
             query,
@@ -197,25 +193,25 @@ def row_lse_op(
             scale,
             key_mask,
             exclude_offset,
-            shifted=shifted,
-            with_expected_key=with_expected_key,
+            subtract_max=subtract_max,
+            with_weighted_keys=with_weighted_keys,
             with_max=with_max,
         )
-    lse, expected_key, largest = result
+    lse, weighted_keys, max_logit = result
     return (
         lse,
-        query.new_empty(0) if expected_key is None else expected_key,
-        lse.new_empty(0) if largest is None else largest,
+        query.new_empty(0) if weighted_keys is None else weighted_keys,
+        lse.new_empty(0) if max_logit is None else max_logit,
     )
 
 
 @row_lse_op.register_fake
 def _(
-    query, keys, scale, key_mask, exclude_offset, logit_bound, backend, with_expected_key, with_max
+    query, keys, scale, key_mask, exclude_offset, logit_bound, backend, with_weighted_keys, with_max
 ):
-    lse = query.new_empty(query.shape[:2], dtype=tiled.accumulation_dtype(query))
-    expected_key = query.new_empty(query.shape if with_expected_key else 0)
-    return lse, expected_key, lse.new_empty(lse.shape if with_max else 0)
+    lse = query.new_empty(query.shape[:2], dtype=sum_dtype(query))
+    weighted_keys = query.new_empty(query.shape if with_weighted_keys else 0)
+    return lse, weighted_keys, lse.new_empty(lse.shape if with_max else 0)
 
 
 @torch.library.custom_op("pixdistill::row_lse_grad_keys", mutates_args=())
@@ -243,8 +239,8 @@ def _(grad_rows, query, keys, scale, key_mask, exclude_offset, lse, backend):
 
 def _setup_context(ctx, inputs, output):
     query, keys, scale, key_mask, ctx.exclude_offset, _, ctx.backend, *_ = inputs
-    lse, expected_key, largest = output
-    ctx.mark_non_differentiable(expected_key, largest)
+    lse, weighted_keys, max_logit = output
+    ctx.mark_non_differentiable(weighted_keys, max_logit)
     ctx.set_materialize_grads(False)
     needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
     # Frozen keys are not kept, so a queue may be overwritten between forward and backward. The query
@@ -255,21 +251,21 @@ def _setup_context(ctx, inputs, output):
         scale,
         key_mask if needs_keys else None,
         lse if needs_keys else None,
-        expected_key if needs_query or needs_scale else None,
+        weighted_keys if needs_query or needs_scale else None,
     )
 
 
 def _backward(ctx, grad_lse, grad_expected_key, grad_largest):
     if grad_lse is None:
         return (None,) * 9
-    query, keys, scale, key_mask, lse, expected_key = ctx.saved_tensors
+    query, keys, scale, key_mask, lse, weighted_keys = ctx.saved_tensors
     needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
     grad_query = grad_keys = grad_scale = None
     grad_rows = grad_lse * scale
     if needs_query:
-        grad_query = (grad_rows.unsqueeze(-1) * expected_key).to(expected_key.dtype)
+        grad_query = (grad_rows.unsqueeze(-1) * weighted_keys).to(weighted_keys.dtype)
     if needs_scale:
-        along = (query.to(grad_lse.dtype) * expected_key).sum(dim=-1)  # d lse / d scale
+        along = (query.to(grad_lse.dtype) * weighted_keys).sum(dim=-1)  # d lse / d scale
         grad_scale = (grad_lse * along).sum()
     if needs_keys:
         grad_keys = row_lse_grad_keys_op(

@@ -3,15 +3,9 @@
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+from ..backend import BACKENDS
+
 MAX_WIDTH = 8192
-
-
-def as_operand(x: Tensor) -> Tensor:
-    """In the dtype that a matrix product of it is made in: autocast's, if it is on."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 class Groups:

@@ -52,7 +52,7 @@ def _key_tile(
 @triton.jit
 def _step(
     b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset,
-    SHIFTED: tl.constexpr, EXCLUDE: tl.constexpr, WITH_KEY: tl.constexpr, WITH_MAX: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr, EXCLUDE: tl.constexpr, WITH_KEY: tl.constexpr, WITH_MAX: tl.constexpr,
     PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the sums of a tile of queries. Logits are in units of log 2."""
@@ -62,7 +62,7 @@ def _step(
         if EXCLUDE:
             m_x = m_x & (o_m[None, :] != o_n[:, None] + exclude_offset)
         b_x = tl.where(m_x, b_x, float("-inf"))
-    if SHIFTED:
+    if SUBTRACT_MAX:
         b_new = tl.maximum(b_top, tl.max(b_x, 1))  # [BN]
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_shrink = tl.exp2(b_top - b_shift)
@@ -83,14 +83,14 @@ def _step(
 
 @triton.jit
 def row_lse_kernel(
-    query, keys, key_mask, scale, lse, expected_key, largest,
+    query, keys, key_mask, scale, lse, weighted_keys, max_logit,
     G, N, M, D, tiles_per_split, exclude_offset,
     stride_qg, stride_qn, stride_qd, stride_kg, stride_km, stride_kd, stride_mg, stride_mm,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    SHIFTED: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr, HAS_MASK: tl.constexpr, EXCLUDE: tl.constexpr,
     WITH_KEY: tl.constexpr, WITH_MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp, expected key and largest logit of BN queries over one split of the keys.
+    """Log-sum-exp, expected key and max_logit logit of BN queries over one split of the keys.
 
     Outputs are contiguous, [S, G, N] and [S, G, N, D]. Neighbouring programs stream the same keys.
     """
@@ -137,7 +137,7 @@ def row_lse_kernel(
             )
             b_acc, b_sum, b_top = _step(
                 b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset,
-                SHIFTED, EXCLUDE, WITH_KEY, WITH_MAX, PRECISION, False,
+                SUBTRACT_MAX, EXCLUDE, WITH_KEY, WITH_MAX, PRECISION, False,
             )  # fmt: skip
     for i in tl.range(skipped + last - whole, num_stages=STAGES):
         i_tile = tl.where(i < skipped, skip_from + i, whole + i - skipped)
@@ -146,22 +146,22 @@ def row_lse_kernel(
         )
         b_acc, b_sum, b_top = _step(
             b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset,
-            SHIFTED, EXCLUDE, WITH_KEY, WITH_MAX, PRECISION, True,
+            SUBTRACT_MAX, EXCLUDE, WITH_KEY, WITH_MAX, PRECISION, True,
         )  # fmt: skip
 
     m_none = b_sum == 0.0
     b_safe = tl.where(m_none, 1.0, b_sum)
     b_lse = tl.log2(b_safe)
-    if SHIFTED:
+    if SUBTRACT_MAX:
         b_lse += b_top
     o_out = i_sg.to(tl.int64) * N + o_n
     tl.store(lse + o_out, tl.where(m_none, float("-inf"), b_lse / LOG2E), mask=m_n)
     if WITH_MAX:
-        tl.store(largest + o_out, b_top / LOG2E, mask=m_n)
+        tl.store(max_logit + o_out, b_top / LOG2E, mask=m_n)
     if WITH_KEY:
-        b_out = (b_acc / b_safe[:, None]).to(expected_key.dtype.element_ty)
+        b_out = (b_acc / b_safe[:, None]).to(weighted_keys.dtype.element_ty)
         m_out = m_n[:, None] & (o_d < D)[None, :]
-        tl.store(expected_key + o_out[:, None] * D + o_d[None, :], b_out, mask=m_out)
+        tl.store(weighted_keys + o_out[:, None] * D + o_d[None, :], b_out, mask=m_out)
 
 
 @triton.jit
@@ -220,13 +220,13 @@ def row_lse(
     key_mask: Tensor | None,
     exclude_offset: int | None,
     *,
-    shifted: bool,
-    with_expected_key: bool,
+    subtract_max: bool,
+    with_weighted_keys: bool,
     with_max: bool,
     splits: int | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Same contract as `tiled.row_lse`. `splits` and `launch` override the table, for tests."""
+    """Same contract as `chunked.row_lse`. `splits` and `launch` override the table, for tests."""
     (groups, rows, width), columns = query.shape, keys.shape[1]
     operands = _operands(query, keys)
     launch = launch or launch_of(architecture_of(query.device), operands[0].dtype, width, with_max)
@@ -234,27 +234,27 @@ def row_lse(
     splits, per_split = split(n_tiles, triton.cdiv(columns, launch.BM), query.device, splits)
 
     lse = query.new_empty((splits, groups, rows), dtype=torch.float32)
-    largest = torch.empty_like(lse) if with_max else None
+    max_logit = torch.empty_like(lse) if with_max else None
     expected_dtype = query.dtype if splits == 1 else torch.float32
-    expected_key = (
+    weighted_keys = (
         query.new_empty((splits, groups, rows, width), dtype=expected_dtype)
-        if with_expected_key
+        if with_weighted_keys
         else None
     )
     if lse.numel() == 0:
-        return _join(lse, expected_key, largest, query.dtype)
+        return _join(lse, weighted_keys, max_logit, query.dtype)
     with torch.cuda.device_of(query):
         row_lse_kernel[(n_tiles * splits,)](
             *operands, _bytes(key_mask, query), scale,
-            lse, _or(expected_key, lse), _or(largest, lse),
+            lse, _or(weighted_keys, lse), _or(max_logit, lse),
             groups, rows, columns, width, per_split, exclude_offset or 0,
             *operands[0].stride(), *operands[1].stride(), *_strides(key_mask),
             BN=launch.BN, BM=launch.BM, BD=padded_width(width),
-            SHIFTED=shifted, HAS_MASK=key_mask is not None, EXCLUDE=exclude_offset is not None,
-            WITH_KEY=with_expected_key, WITH_MAX=with_max, PRECISION=_precision(query),
+            SUBTRACT_MAX=subtract_max, HAS_MASK=key_mask is not None, EXCLUDE=exclude_offset is not None,
+            WITH_KEY=with_weighted_keys, WITH_MAX=with_max, PRECISION=_precision(query),
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    return _join(lse, expected_key, largest, query.dtype)
+    return _join(lse, weighted_keys, max_logit, query.dtype)
 
 
 def row_lse_grad_keys(
@@ -269,7 +269,7 @@ def row_lse_grad_keys(
     splits: int | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Same contract as `tiled.row_lse_grad_keys`. `splits` and `launch` are for tests."""
+    """Same contract as `chunked.row_lse_grad_keys`. `splits` and `launch` are for tests."""
     (groups, rows, width), columns = query.shape, keys.shape[1]
     operands = _operands(query, keys)
     launch = launch or GRAD_KEYS_LAUNCH[max(64, padded_width(width))]
@@ -319,17 +319,17 @@ def _operands(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join(
-    lse: Tensor, expected_key: Tensor | None, largest: Tensor | None, dtype: torch.dtype
+    lse: Tensor, weighted_keys: Tensor | None, max_logit: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Add up the splits, in their order: sums of exponentials, and their weighted means."""
     if lse.shape[0] == 1:
-        expected_key = None if expected_key is None else expected_key[0]
-        return lse[0], expected_key, None if largest is None else largest[0]
+        weighted_keys = None if weighted_keys is None else weighted_keys[0]
+        return lse[0], weighted_keys, None if max_logit is None else max_logit[0]
     total = lse.logsumexp(dim=0)
-    if expected_key is not None:
+    if weighted_keys is not None:
         weights = (lse - total.clamp_min(torch.finfo(lse.dtype).min)).exp().unsqueeze(-1)
-        expected_key = (weights * expected_key).sum(dim=0).to(dtype)
-    return total, expected_key, None if largest is None else largest.amax(dim=0)
+        weighted_keys = (weights * weighted_keys).sum(dim=0).to(dtype)
+    return total, weighted_keys, None if max_logit is None else max_logit.amax(dim=0)
 
 
 def _bytes(key_mask: Tensor | None, query: Tensor) -> Tensor:

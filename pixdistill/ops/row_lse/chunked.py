@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..backend import sum_dtype
+
 # Logits held at once: 4 MiB of float32 stay in a CPU's cache; a GPU wants enough work a launch.
 _CPU_BLOCK = (1024, 1024)
 _CUDA_BLOCK = (4096, 4096)
@@ -21,22 +23,22 @@ def row_lse(
     key_mask: Tensor | None,
     exclude_offset: int | None,
     *,
-    shifted: bool,
-    with_expected_key: bool,
+    subtract_max: bool,
+    with_weighted_keys: bool,
     with_max: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-sum-exp `[G, N]`, softmax-weighted mean of the keys `[G, N, D]` and largest logit `[G, N]`.
+    """Log-sum-exp `[G, N]`, softmax-weighted mean of the keys `[G, N, D]` and max_logit logit `[G, N]`.
 
     Shapes as in the package's operator: query `[G, N, D]`, keys `[G, M, D]`, key_mask `[G, M]`.
-    `shifted` subtracts a running maximum; without it the caller vouches that `exp(logit)` and its
+    `subtract_max` subtracts a running maximum; without it the caller vouches that `exp(logit)` and its
     sum stay in range.
     """
-    dtype = accumulation_dtype(query)
+    dtype = sum_dtype(query)
     operand = _operand_dtype(query)
     groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
     lse = query.new_full((groups, rows), -torch.inf, dtype=dtype)
-    largest = torch.full_like(lse, -torch.inf) if with_max else None
-    expected = query.new_zeros(query.shape, dtype=query.dtype) if with_expected_key else None
+    max_logit = torch.full_like(lse, -torch.inf) if with_max else None
+    expected = query.new_zeros(query.shape, dtype=query.dtype) if with_weighted_keys else None
     step_g, step_n, step_m = _block_sizes(query, columns)
     buffer = query.new_empty(step_g * step_n * step_m, dtype=dtype)
 
@@ -50,27 +52,27 @@ def row_lse(
                 block, seen = _key_block(keys, key_mask, g, m, operand)
                 logits = _product(scaled, block.mT, buffer)
                 _hide(logits, seen, exclude_offset, n.start, m.start)
-                if shifted or with_max:
+                if subtract_max or with_max:
                     new_top = torch.maximum(top, logits.amax(dim=-1))
-                if shifted:
+                if subtract_max:
                     shift = new_top.clamp_min(torch.finfo(dtype).min)  # no key yet: -inf stays -inf
                     shrink = (top - shift).exp_()
                     logits.sub_(shift.unsqueeze(-1))
                     total.mul_(shrink)
                     if weighted is not None:
                         weighted.mul_(shrink.unsqueeze(-1))
-                if shifted or with_max:
+                if subtract_max or with_max:
                     top = new_top
                 logits.exp_()
                 total.add_(logits.sum(dim=-1))
                 if weighted is not None:
                     _add_product(weighted, logits, block)
-            lse[g, n] = total.log() + top if shifted else total.log()
-            if largest is not None:
-                largest[g, n] = top
+            lse[g, n] = total.log() + top if subtract_max else total.log()
+            if max_logit is not None:
+                max_logit[g, n] = top
             if expected is not None and weighted is not None:
                 expected[g, n] = weighted.div_(total.masked_fill(total == 0, 1.0).unsqueeze(-1))
-    return lse, expected, largest
+    return lse, expected, max_logit
 
 
 def row_lse_grad_keys(
@@ -83,7 +85,7 @@ def row_lse_grad_keys(
     lse: Tensor,
 ) -> Tensor:
     """`(softmax(logits) * grad_rows[..., None]).mT @ query` `[G, M, D]`, probabilities recomputed."""
-    dtype = accumulation_dtype(query)
+    dtype = sum_dtype(query)
     operand = _operand_dtype(query)
     groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
     grad_keys = keys.new_zeros(keys.shape)
@@ -105,14 +107,9 @@ def row_lse_grad_keys(
     return grad_keys
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of sums and statistics: float64 for float64, float32 for everything else."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _operand_dtype(tensor: Tensor) -> torch.dtype:
     """Half operands pay on a GPU's tensor cores; a CPU multiplies them no faster than float32."""
-    return tensor.dtype if tensor.device.type == "cuda" else accumulation_dtype(tensor)
+    return tensor.dtype if tensor.device.type == "cuda" else sum_dtype(tensor)
 
 
 def _block_sizes(query: Tensor, columns: int) -> tuple[int, int, int]:

@@ -13,6 +13,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ..backend import sum_dtype
+
 # Pairs, and numbers, of a block: 4 MiB of float32 stay in a CPU's last cache; a GPU wants more work.
 _CPU_BLOCK = 2**20
 _CUDA_BLOCK = 2**25
@@ -41,7 +43,7 @@ def patch_lse(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Margin `[B, groups, H, W]` and its gradient `[B, C, H, W]`, as the package's operator."""
-    dtype = accumulation_dtype(student)
+    dtype = sum_dtype(student)
     batch, channels, height, width = student.shape
     margin = student.new_empty((batch, groups, height, width), dtype=dtype)
     grad = student.new_empty(student.shape) if with_grad else None
@@ -67,11 +69,6 @@ def patch_lse(
         if grad is not None and slopes is not None:
             grad[area] = rearrange(slopes, "(b h w) (m p q) d -> b (m d) (h p) (w q)", **sizes)
     return margin, grad
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of sums and statistics: float64 for float64, float32 for everything else."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _contrast(

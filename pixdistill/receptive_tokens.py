@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_count, check_flag, check_map, check_mask, savable
+from . import _checks
+from .ops.backend import detached, sum_dtype
 
 # The names of a module's tensors in official checkpoints.
 _WEIGHTING = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
@@ -54,9 +55,9 @@ class MaskedReceptiveTokens(nn.Module):
 
     def __init__(self, channels: int, num_tokens: int = 6, *, weighted: bool = True) -> None:
         super().__init__()
-        check_count("channels", channels)
-        check_count("num_tokens", num_tokens)
-        check_flag("weighted", weighted)
+        _checks.integer("channels", channels)
+        _checks.integer("num_tokens", num_tokens)
+        _checks.flag("weighted", weighted)
         self.channels = channels
         self.num_tokens = num_tokens
         self.weighted = weighted
@@ -83,7 +84,7 @@ class MaskedReceptiveTokens(nn.Module):
 
     def masks(self, x: Tensor) -> Tensor:
         """`sigmoid(<E_t, x>)` `[B, T, H, W]`, in float32 (float64 for float64)."""
-        check_map("x", x, self.channels)
+        _checks.map_2d("x", x, self.channels)
         return token_masks(x, self.mask_token)
 
     def weights(self, x: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
@@ -91,9 +92,9 @@ class MaskedReceptiveTokens(nn.Module):
 
         `valid_mask` `[B, H, W]` bool leaves out pixels as if the image ended where they begin.
         """
-        check_map("x", x, self.channels)
-        check_mask(valid_mask, x.shape[:1] + x.shape[2:], x)
-        dtype = statistics_dtype(x)
+        _checks.map_2d("x", x, self.channels)
+        _checks.mask(valid_mask, x.shape[:1] + x.shape[2:], x)
+        dtype = sum_dtype(x)
         if self.prob is None:
             return x.new_full((x.shape[0], self.num_tokens), 1 / self.num_tokens, dtype=dtype)
         kernel, kernel_bias, mixing, mixing_bias = self.prob.parameters()
@@ -108,8 +109,8 @@ class MaskedReceptiveTokens(nn.Module):
         To learn the tokens, minimise the task loss of the frozen teacher's head on the masked map plus
         the diversity. Without weights w is 1, as in the official code. The map has the dtype of `x`.
         """
-        check_map("x", x, self.channels)
-        x = savable(x)  # once for the masks and the product
+        _checks.map_2d("x", x, self.channels)
+        x = detached(x)  # once for the masks and the product
         masks = self.masks(x)
         if self.weighted:
             seen = (self.weights(x)[:, :, None, None] * masks).sum(dim=1, keepdim=True)
@@ -219,10 +220,10 @@ def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:
     autocast, and the rest in float32 (float64 for float64).
     """
     tokens = mask_token.to(x.dtype).expand(x.shape[0], -1, -1)
-    x = savable(x)
+    x = detached(x)
     with _exactly(x):
         logits = torch.bmm(tokens, x.flatten(2))  # [B, T, HW]
-    return logits.to(statistics_dtype(x)).sigmoid().unflatten(2, x.shape[2:])
+    return logits.to(sum_dtype(x)).sigmoid().unflatten(2, x.shape[2:])
 
 
 def mask_diversity(masks: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def mask_diversity(masks: Tensor) -> Tensor:
     graph, for a single token, where the official code has NaN.
     """
     num_tokens = masks.shape[1]
-    flat = masks.flatten(2).to(statistics_dtype(masks))
+    flat = masks.flatten(2).to(sum_dtype(masks))
     with _exactly(masks):
         products = torch.bmm(flat, flat.mT)  # [B, T, T]
     norms = products.diagonal(dim1=1, dim2=2) + 1e-12
@@ -252,7 +253,7 @@ def pooled_convolution(
     `einsum("ocij,bcij->bo", weight, S) / (H * W) + bias`. With `valid_mask` only valid pixels are
     read and averaged. Computed in float32 (float64 for float64).
     """
-    dtype = statistics_dtype(x)
+    dtype = sum_dtype(x)
     sums = window_sums(x, valid_mask=valid_mask)
     count: int | Tensor = x.shape[2] * x.shape[3]
     if valid_mask is not None:
@@ -268,7 +269,7 @@ def window_sums(x: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
     in the map: everything, less a border row or column. With `valid_mask` `[B, H, W]`, over those for
     which both pixels are valid.
     """
-    dtype = statistics_dtype(x)
+    dtype = sum_dtype(x)
     if valid_mask is not None:
         # A pixel counts for a tap when the pixel that reads it through this tap is valid as well.
         read = F.unfold(valid_mask.unsqueeze(1).to(dtype), 3, padding=1).flip(1)  # [B, 9, HW]
@@ -279,11 +280,6 @@ def window_sums(x: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
     row = torch.stack([row - x[..., -1], row, row - x[..., 0]], dim=3)  # [B, C, H, 3]
     total = row.sum(dim=2)
     return torch.stack([total - row[:, :, -1], total, total - row[:, :, 0]], dim=2)
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _exactly(x: Tensor) -> AbstractContextManager[object]:

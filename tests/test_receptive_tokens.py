@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pixdistill import MaskedReceptiveTokens, functional, masked_receptive_tokens
-from pixdistill.masked_receptive_tokens import (
+from pixdistill import MaskedReceptiveTokens, functional, receptive_tokens
+from pixdistill.receptive_tokens import (
     mask_diversity,
     pooled_convolution,
     token_masks,
@@ -674,7 +674,7 @@ def test_a_seed_gives_the_numbers_of_plain_convolutions():
 
 def test_functions_are_exported():
     for name in ("token_masks", "mask_diversity", "pooled_convolution"):
-        assert getattr(functional, name) is getattr(masked_receptive_tokens, name)
+        assert getattr(functional, name) is getattr(receptive_tokens, name)
     tokens, x = build(), a_map(2, 4, 3, 3)
     assert torch.equal(token_masks(x, tokens.mask_token), tokens.masks(x))
 

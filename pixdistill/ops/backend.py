@@ -1,0 +1,113 @@
+"""What all operators share: backends and the one choice among them, and the rules for dtypes.
+
+Each operator has three forms of equal value and gradient:
+
+- "reference": dense autograd PyTorch, which also has second-order and forward-mode gradients;
+- "torch": PyTorch in blocks (`chunked.py`), for the CPU, float64, and what the kernels do not take;
+- "triton": fused kernels, for CUDA.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch", "reference")
+
+
+def choose(backend: Backend, device: torch.device, why_not_triton: str | None) -> Backend:
+    """The form that runs for "auto", "triton" or "torch".
+
+    "auto" takes Triton on a GPU where nothing stands against it. Triton's interpreter on a CPU is
+    slow, so it runs only when asked for.
+    """
+    if backend == "triton":
+        if why_not_triton is not None:
+            raise ValueError(
+                f'backend="triton" cannot run here: {why_not_triton}. Use backend="auto".'
+            )
+        return "triton"
+    if backend == "auto" and device.type == "cuda" and why_not_triton is None:
+        return "triton"
+    return "torch" if backend == "auto" else backend
+
+
+def why_no_kernel(device: torch.device) -> str | None:
+    """The reason why no Triton kernel runs on this device, or None."""
+    if not has_triton():
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return f"it runs on CUDA (or under TRITON_INTERPRET=1), not on {device.type}"
+    if torch.version.hip is not None:
+        return "it has not been validated on ROCm"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton is installed; it is not loaded."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums and statistics: float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of matrix products: the tensor's, or the autocast dtype under autocast."""
+    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor without its graph.
+
+    A copy where it was created in inference mode: autograd cannot save such a tensor.
+    """
+    # torch.compile cannot ask a tensor for its mode: what it compiles raises PyTorch's own error.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor.detach()
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def refuse_transforms(name: str, *tensors: Tensor) -> None:
+    """Raise where a transform of torch.func or forward-mode AD reaches a form that has only a VJP."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f'{name} does not take part in torch.func transforms; use backend="reference", which does'
+        )
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f'{name} has no forward-mode gradient; use backend="reference"')
+
+
+class FirstOrderOnly(torch.autograd.Function):
+    """Identity on the gradients of the operator `name`, which raises when differentiated again.
+
+    `grads` are followed by the tensors that the gradients depend on, so that double backward reaches
+    this node and raises.
+    """
+
+    @staticmethod
+    def forward(ctx, name, grad, *sources):
+        ctx.name = name
+        return grad.detach().clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{ctx.name} has a second-order gradient in its dense form only. "
+            'Use backend="reference" where one is needed.'
+        )
