@@ -10,7 +10,7 @@ Each operator has three forms of equal value and gradient:
 import functools
 import importlib.util
 import os
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,12 +101,12 @@ class FirstOrderOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, name, grad, *sources):
+    def forward(ctx: Any, name: str, grad: Tensor, *sources: Tensor) -> Tensor:
         ctx.name = name
         return grad.detach().clone()
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
             f"{ctx.name} has a second-order gradient in its dense form only. "
             'Use backend="reference" where one is needed.'
