@@ -74,7 +74,7 @@ class RowCase:
         kernel = getattr(row_kernels, f"{self.kernel}_kernel")
         launch = self.launch
         types = dict.fromkeys(("query", "keys", "weighted_keys", "grad_keys"), f"*{self.dtype}")
-        types |= dict.fromkeys(("scale", "lse", "largest", "grad_rows"), "*fp32")
+        types |= dict.fromkeys(("scale", "lse", "max_logit", "grad_rows"), "*fp32")
         constants = {"BN": launch.BN, "BM": launch.BM, "PRECISION": "tf32"}
         constants |= {"BD": row_launch.padded_width(self.width)}
         constants |= dict.fromkeys(("stride_qd", "stride_kd", "stride_mm"), 1)

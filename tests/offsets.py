@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.kernels import Case, PatchCase, RowCase
 
-ALL = frozenset({"WITH_KEY", "HAS_MASK", "EXCLUDE", "SHIFTED", "WITH_MAX"})
+ALL = frozenset({"WITH_KEY", "HAS_MASK", "EXCLUDE", "SUBTRACT_MAX", "WITH_MAX"})
 CASES: dict[str, list[Case]] = {
     "row_lse": [
         RowCase("row_lse", "sm_80", "bf16", 16, ALL),

@@ -16,7 +16,7 @@ from helpers import (
 from helpers import high_precision as high_precision
 from hypothesis import given
 from hypothesis import strategies as st
-from pixdistill.ops.availability import why_no_kernel
+from pixdistill.ops.backend import why_no_kernel
 
 from pixdistill.ops.row_lse import chunked, row_lse, row_lse_and_max
 
@@ -661,7 +661,7 @@ def test_triton_is_not_taken_on_a_cpu_without_the_interpreter(monkeypatch):
 
 
 def test_triton_is_not_taken_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr("pixdistill.ops.availability.has_triton", lambda: False)
+    monkeypatch.setattr("pixdistill.ops.backend.has_triton", lambda: False)
     with pytest.raises(ValueError, match="not installed"):
         row_lse(Q, K, 1.0, backend="triton")
     row_lse(Q, K, 1.0)

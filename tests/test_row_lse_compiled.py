@@ -32,7 +32,7 @@ def test_opcheck(mask, offset):
     for weighted_keys, largest in itertools.product((True, False), repeat=2):
         torch.library.opcheck(
             row_lse_op,
-            (query, keys, scale, key_mask, offset, 4.0, "torch", weighted_keys, largest),
+            (query, keys, None, scale, key_mask, offset, 4.0, "torch", weighted_keys, largest),
             test_utils=("test_schema", "test_faketensor")
             if not weighted_keys
             else (
@@ -43,9 +43,10 @@ def test_opcheck(mask, offset):
             ),
         )
     plain = [x.detach() for x in (query, keys, scale)]
-    lse = row_lse_op(*plain, key_mask, offset, None, "torch", False, False)[0]
+    lse = row_lse_op(*plain[:2], None, plain[2], key_mask, offset, None, "torch", False, False)[0]
     torch.library.opcheck(
-        row_lse_grad_keys_op, (torch.ones(2, 6).double(), *plain, key_mask, offset, lse, "torch")
+        row_lse_grad_keys_op,
+        (torch.ones(2, 6).double(), *plain[:2], None, plain[2], key_mask, offset, lse, "torch"),
     )
 
 

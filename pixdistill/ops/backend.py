@@ -7,6 +7,7 @@ Each operator has three forms of equal value and gradient:
 - "triton": fused kernels, for CUDA.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -68,6 +69,13 @@ def operand_dtype(tensor: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside it, autocast changes no matrix product. Free where autocast is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def detached(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import FirstOrderOnly, operand_dtype, sum_dtype
-from .row_lse import row_lse_and_max, row_lse_op
+from .row_lse import row_lse_and_max, row_lse_forward
 
 Keys = tuple[Tensor, Tensor | None, int | None]
 """keys `[M, D]`, their mask `[M]`, and the exclude_offset, as `row_lse` takes them"""
@@ -76,16 +76,16 @@ class _JoinedRowLSE(torch.autograd.Function):
         max_logit = lse.clone()
         mean = query.new_zeros(query.shape if with_mean else 0, dtype=dtype)
         for keys, mask, offset in blocks:
-            part, part_mean, top = row_lse_op(
+            part, part_mean, top = row_lse_forward(
                 query.unsqueeze(0),
                 keys.unsqueeze(0),
                 scale,
                 None if mask is None else mask.unsqueeze(0),
                 offset,
-                logit_bound,
-                backend,
-                with_mean,
-                with_max,
+                logit_bound=logit_bound,
+                backend=backend,
+                with_weighted_keys=with_mean,
+                with_max=with_max,
             )
             joined = torch.logaddexp(lse, part[0])
             if with_mean:

@@ -4,47 +4,55 @@
 
 The gradient of a row with respect to its query is `scale` times the softmax-weighted mean of the keys,
 
-    expected_key_i = sum_j softmax_j(scale * <q_i, k_j>) * k_j,
+    weighted_keys_i = sum_j softmax_j(scale * <q_i, k_j>) * k_j,
 
-so a pass that keeps this mean beside the sum has the whole gradient when it ends, and backward is
-one multiplication. No N x M matrix exists at any time.
+so a pass that sums both has the whole gradient when it ends, and backward is one multiplication. No
+N x M matrix exists at any time.
 
-This file holds the contract, the operator registered with PyTorch, and the only choice of a backend.
+`row_lse` is the public function. `row_lse_forward` and `row_lse_grad_keys` compute without checks and
+without autograd, for it and for other operators.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import (
+    Backend,
     FirstOrderOnly,
     choose,
+    no_autocast,
     operand_dtype,
     refuse_transforms,
     sum_dtype,
     why_no_kernel,
 )
 from . import chunked, reference
-from .arguments import Groups, check
+from .arguments import check
+
+Scale = float | Tensor
+"""A number, or a 0-dim tensor where it is learned."""
 
 # Widest features of the fused kernel: wider tiles spill registers (`python -m benchmarks kernels`).
 _FUSED_WIDTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 
-# Below these bounds exp(logit) needs no shift: neither it nor a sum of 2^31 of them leaves the range
-# in which the dtype of the second product holds it. float16 holds e^-9 as a normal number.
+# Up to these bounds exp(logit) needs no maximum subtracted: neither it nor a sum of 2^31 of them
+# leaves the range of the dtype of the second product. float16 holds e^-9 as a normal number.
 _UNSHIFTED_BOUND = {torch.float16: 9.0, torch.bfloat16: 60.0, torch.float32: 60.0}
 
 
 def row_lse(
     query: Tensor,
     keys: Tensor,
-    scale: float | Tensor,
+    scale: Scale,
     *,
     key_mask: Tensor | None = None,
     exclude_offset: int | None = None,
     logit_bound: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Log-sum-exp over the keys of `scale * <query, key>`, differentiable, in one pass.
 
@@ -52,21 +60,21 @@ def row_lse(
     logarithm; -inf, with a zero gradient, for a query that sees no key.
 
     Args:
-        query: `[..., N, D]`, N >= 0, 1 <= D <= 8192. Its dtype is the one that products are made in,
-            except under autocast, which casts it as it would for a matrix product.
-        keys: `[..., M, D]`, M >= 0. Batch axes broadcast against those of `query`, and keys that are
-            shared by the whole batch are never copied for it. Another dtype than the query's is
-            converted: block by block in the streaming form, as one copy for the fused kernel.
+        query: `[..., N, D]`, N >= 0, 1 <= D <= 8192. Matrix products run in the query's dtype, or in
+            the autocast dtype under autocast.
+        keys: `[..., M, D]`, M >= 0. Batch axes broadcast against those of `query`. Keys that the
+            whole batch shares are not copied for it. Keys of another dtype than the query's are
+            converted: block by block in the chunked form, as one copy for the fused kernel.
         scale: a number, or a tensor of one element on the query's device. A tensor gets its gradient
-            at no extra pass.
+            without another pass.
         key_mask: `[..., M]` bool, True = the key counts. A hidden key may hold NaN.
         exclude_offset: hides key `n + exclude_offset` from query `n`; 0 leaves out the diagonal.
-        logit_bound: a bound on every `|scale * <query, key>|`, `|scale|` for unit vectors. A small
-            one (up to 60; 9 for float16) saves the running maximum. One that does not hold can
-            overflow to inf or NaN.
-        backend: "triton" is the fused kernel, "torch" the streaming form, "reference" the dense
-            oracle, which also has second-order and forward-mode gradients. "auto" takes "triton" on
-            a GPU where `why_not_triton` has nothing to say, "torch" elsewhere.
+        logit_bound: an upper bound on every `|scale * <query, key>|`, such as `|scale|` for unit
+            vectors. A small one (up to 60; 9 for float16) saves the running maximum. A bound that
+            does not hold can overflow to inf or NaN.
+        backend: "triton" is the fused kernel, "torch" the chunked form, "reference" the dense form,
+            which also has second-order and forward-mode gradients. "auto" takes "triton" on a GPU
+            where `why_not_triton` returns None, and "torch" elsewhere.
 
     Returns:
         `[..., N]`, float64 for a float64 query and float32 for all others.
@@ -74,7 +82,7 @@ def row_lse(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a backend that cannot run.
         TypeError: for arguments of the wrong type.
-        RuntimeError: when the fused or streaming form is differentiated twice, or in forward mode.
+        RuntimeError: when the fused or chunked form is differentiated twice, or in forward mode.
 
     Example:
         >>> query, keys = torch.randn(2, 6, 8, requires_grad=True), torch.randn(100, 8)
@@ -96,18 +104,15 @@ def row_lse(
 def row_lse_and_max(
     query: Tensor,
     keys: Tensor,
-    scale: float | Tensor,
+    scale: Scale,
     *,
     key_mask: Tensor | None = None,
     exclude_offset: int | None = None,
     logit_bound: float | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     with_max: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`row_lse`, and in the same pass the max_logit logit `[..., N]` of each query, without gradient.
-
-    The second result is None unless `with_max`. A query that sees no key has -inf.
-    """
+    """`row_lse`, and in the same pass the largest logit `[..., N]` of each query, without gradient."""
     check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend)
     query = query.to(operand_dtype(query))
     if backend == "reference":
@@ -115,25 +120,16 @@ def row_lse_and_max(
         return lse, max_logit if with_max else None
 
     refuse_transforms("row_lse", query, keys)
-    dtype = sum_dtype(query)
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(()).to(dtype)
-    else:
-        scale = torch.full((), scale, dtype=dtype, device=query.device)
-    groups = Groups(query, keys, key_mask, fold_rows=exclude_offset is None)
-    with_weighted_keys = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-    lse, _, max_logit = row_lse_op(
-        groups.query,
-        groups.keys,
-        scale,
-        groups.key_mask,
-        exclude_offset,
-        logit_bound,
-        backend,
-        with_weighted_keys,
-        with_max,
+    query, keys, key_mask = _same_batch(query, keys, key_mask)
+    learned = scale.reshape(()).to(sum_dtype(query)) if isinstance(scale, Tensor) else None
+    number = None if isinstance(scale, Tensor) else float(scale)
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad or (learned is not None and learned.requires_grad)
     )
-    return groups.restore(lse), groups.restore(max_logit) if with_max else None
+    arguments = (query, keys, number, learned, key_mask, exclude_offset, logit_bound, backend)
+    operator = row_lse_op if torch.compiler.is_compiling() else _RowLSE.apply
+    lse, _, max_logit = operator(*arguments, needs_grad, with_max)
+    return lse, max_logit if with_max else None
 
 
 def why_not_triton(query: Tensor) -> str | None:
@@ -160,34 +156,34 @@ def why_not_triton(query: Tensor) -> str | None:
     return None
 
 
-def _implementation(query: Tensor, backend: str) -> ModuleType:
-    """The module that computes: the only place that picks a backend."""
-    if choose(backend, query.device, why_not_triton(query)) != "triton":
-        return chunked
-    from . import triton_kernels  # loads triton
-
-    return triton_kernels
+# --- The pass, without checks and without autograd ------------------------------------------------
 
 
-# --- The operator: grouped shapes, one dtype of statistics, no choice left to the caller ----------
-
-
-@torch.library.custom_op("pixdistill::row_lse", mutates_args=())
-def row_lse_op(
+def row_lse_forward(
     query: Tensor,
     keys: Tensor,
-    scale: Tensor,
-    key_mask: Tensor | None,
-    exclude_offset: int | None,
+    scale: Scale,
+    key_mask: Tensor | None = None,
+    exclude_offset: int | None = None,
+    *,
     logit_bound: float | None,
-    backend: str,
-    with_weighted_keys: bool,
-    with_max: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """lse `[G, N]`, expected key `[G, N, D]` and max_logit logit `[G, N]`; empty where not asked for."""
+    backend: Backend = "auto",
+    with_weighted_keys: bool = True,
+    with_max: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """lse `[G, N]`, weighted_keys `[G, N, D]` and max_logit `[G, N]`; the last two where asked for.
+
+    query `[G, N, D]`; keys `[G, M, D]`, or `[1, M, D]` that all share; key_mask `[G, M]` or `[1, M]`;
+    scale a number, or a 0-dim tensor in the dtype of sums. weighted_keys has the query's dtype, the
+    others the dtype of sums. Nothing is checked, and autocast changes nothing.
+    """
+    batch, rows, width = query.shape
+    folds = batch > 1 and _folds(keys, key_mask, exclude_offset)
+    if folds:  # shared keys: one long matrix of queries fills tiles better
+        query = query.reshape(1, batch * rows, width)
     subtract_max = logit_bound is None or logit_bound > _UNSHIFTED_BOUND.get(query.dtype, 60.0)
-    with torch.autocast(query.device.type, enabled=False):
-        result = _implementation(query, backend).row_lse(
+    with no_autocast(query.device):
+        lse, weighted_keys, max_logit = _implementation(query, backend).row_lse(
             query,
             keys,
             scale,
@@ -197,7 +193,232 @@ def row_lse_op(
             with_weighted_keys=with_weighted_keys,
             with_max=with_max,
         )
-    lse, weighted_keys, max_logit = result
+    if folds:
+        lse = lse.view(batch, rows)
+        weighted_keys = None if weighted_keys is None else weighted_keys.view(batch, rows, width)
+        max_logit = None if max_logit is None else max_logit.view(batch, rows)
+    return lse, weighted_keys, max_logit
+
+
+def row_lse_grad_keys(
+    grad_rows: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    scale: Scale,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    lse: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`(softmax(logits) * grad_rows[..., None]).mT @ query`, in the keys' shape and dtype.
+
+    `grad_rows` `[G, N]` is `scale` times the gradient of `lse` `[G, N]`; others as in
+    `row_lse_forward`. Probabilities are computed again, from lse.
+    """
+    batch, rows, width = query.shape
+    if batch > 1 and _folds(keys, key_mask, exclude_offset):
+        query = query.reshape(1, batch * rows, width)
+        grad_rows, lse = grad_rows.reshape(1, batch * rows), lse.reshape(1, batch * rows)
+    with no_autocast(query.device):
+        return _implementation(query, backend).row_lse_grad_keys(
+            grad_rows, query, keys, scale, key_mask, exclude_offset, lse
+        )
+
+
+def _folds(keys: Tensor, key_mask: Tensor | None, exclude_offset: int | None) -> bool:
+    """Whether queries of different batch entries see the same keys."""
+    shared_mask = key_mask is None or key_mask.shape[0] == 1
+    return keys.shape[0] == 1 and shared_mask and exclude_offset is None
+
+
+def _implementation(query: Tensor, backend: Backend) -> ModuleType:
+    if choose(backend, query.device, why_not_triton(query)) != "triton":
+        return chunked
+    from . import triton_kernels  # loads triton
+
+    return triton_kernels
+
+
+# --- Autograd: any batch axes -----------------------------------------------------------------------
+
+
+def _same_batch(
+    query: Tensor, keys: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Broadcast batch axes, except those of keys and mask that the whole batch shares."""
+    mask_batch = () if key_mask is None else key_mask.shape[:-1]
+    batch = torch.broadcast_shapes(query.shape[:-2], keys.shape[:-2], mask_batch)
+    if query.shape[:-2] != batch:
+        query = query.expand(*batch, *query.shape[-2:])
+    if keys.dim() > 2 and keys.shape[:-2] != batch:
+        shared = keys.shape[:-2].numel() == 1
+        keys = keys.reshape(keys.shape[-2:]) if shared else keys.expand(*batch, *keys.shape[-2:])
+    if key_mask is not None and key_mask.dim() > 1:
+        key_mask = key_mask.expand(*batch, key_mask.shape[-1])
+    return query, keys, key_mask
+
+
+def _forward(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | None,
+    learned_scale: Tensor | None,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    logit_bound: float | None,
+    backend: Any,
+    with_weighted_keys: bool,
+    with_max: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`row_lse_forward` for any batch axes, flattened to one."""
+    lse, weighted_keys, max_logit = row_lse_forward(
+        _flat(query),
+        _flat(keys),
+        scale if learned_scale is None else learned_scale,  # type: ignore[arg-type]
+        None if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1]),
+        exclude_offset,
+        logit_bound=logit_bound,
+        backend=backend,
+        with_weighted_keys=with_weighted_keys,
+        with_max=with_max,
+    )
+    shape = query.shape[:-1]
+    return (
+        lse.view(shape),
+        None if weighted_keys is None else weighted_keys.view(query.shape),
+        None if max_logit is None else max_logit.view(shape),
+    )
+
+
+def _grad_keys(
+    grad_rows: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    scale: float | None,
+    learned_scale: Tensor | None,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    lse: Tensor,
+    backend: Any,
+) -> Tensor:
+    """`row_lse_grad_keys` for any batch axes, flattened to one."""
+    query = _flat(query)
+    grad_keys = row_lse_grad_keys(
+        grad_rows.reshape(query.shape[:2]),
+        query,
+        _flat(keys),
+        scale if learned_scale is None else learned_scale,  # type: ignore[arg-type]
+        None if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1]),
+        exclude_offset,
+        lse.reshape(query.shape[:2]),
+        backend=backend,
+    )
+    return grad_keys.view(keys.shape)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    batch = tensor.shape[:-2].numel()  # -1 would not do for an empty tensor
+    return tensor.reshape(batch, *tensor.shape[-2:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    query, keys, ctx.scale, learned, key_mask, ctx.exclude_offset, _, ctx.backend, *_ = inputs
+    lse, weighted_keys, max_logit = output
+    unused = [extra for extra in (weighted_keys, max_logit) if extra is not None]
+    ctx.mark_non_differentiable(*unused)
+    ctx.set_materialize_grads(False)
+    needs_query, needs_keys, _, needs_scale = ctx.needs_input_grad[:4]
+    # Frozen keys are not saved, so that a queue may be overwritten between forward and backward. The
+    # query is saved so that double backward reaches this node and raises.
+    ctx.save_for_backward(
+        query,
+        keys if needs_keys else None,
+        learned,
+        key_mask if needs_keys else None,
+        lse if needs_keys else None,
+        weighted_keys if needs_query or needs_scale else None,
+    )
+
+
+def _backward(
+    ctx: Any, grad_lse: Tensor | None, grad_keys_of: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    if grad_lse is None:
+        return (None,) * 10
+    query, keys, learned, key_mask, lse, weighted_keys = ctx.saved_tensors
+    needs_query, needs_keys, _, needs_scale = ctx.needs_input_grad[:4]
+    grad_query = grad_keys = grad_scale = None
+    grad_rows = grad_lse * (ctx.scale if learned is None else learned)
+    if needs_query:
+        grad_query = (grad_rows.unsqueeze(-1) * weighted_keys).to(weighted_keys.dtype)
+    if needs_scale:
+        inner = (query.to(grad_lse.dtype) * weighted_keys).sum(dim=-1)  # d lse / d scale
+        grad_scale = (grad_lse * inner).sum()
+    if needs_keys:
+        grad_keys = grad_keys_of(
+            grad_rows,
+            query,
+            keys,
+            ctx.scale,
+            learned,
+            key_mask,
+            ctx.exclude_offset,
+            lse,
+            ctx.backend,
+        )
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = (grad_query, grad_keys, grad_scale)
+        grad_query, grad_keys, grad_scale = (
+            None if g is None else FirstOrderOnly.apply("row_lse", g, grad_lse, *ctx.saved_tensors)
+            for g in grads
+        )
+    return grad_query, grad_keys, None, grad_scale, None, None, None, None, None, None
+
+
+class _RowLSE(torch.autograd.Function):
+    """The operator in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_lse, _grad_keys)
+
+
+# --- Autograd under torch.compile -------------------------------------------------------------------
+
+
+@torch.library.custom_op("pixdistill::row_lse", mutates_args=())
+def row_lse_op(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | None,
+    learned_scale: Tensor | None,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    logit_bound: float | None,
+    backend: str,
+    with_weighted_keys: bool,
+    with_max: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same operator, registered with PyTorch; what was not asked for is empty."""
+    lse, weighted_keys, max_logit = _forward(
+        query,
+        keys,
+        scale,
+        learned_scale,
+        key_mask,
+        exclude_offset,
+        logit_bound,
+        backend,
+        with_weighted_keys,
+        with_max,
+    )
     return (
         lse,
         query.new_empty(0) if weighted_keys is None else weighted_keys,
@@ -207,9 +428,10 @@ def row_lse_op(
 
 @row_lse_op.register_fake
 def _(
-    query, keys, scale, key_mask, exclude_offset, logit_bound, backend, with_weighted_keys, with_max
-):
-    lse = query.new_empty(query.shape[:2], dtype=sum_dtype(query))
+    query: Tensor, keys: Tensor, scale: Any, learned_scale: Any, key_mask: Any, exclude_offset: Any,
+    logit_bound: Any, backend: str, with_weighted_keys: bool, with_max: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lse = query.new_empty(query.shape[:-1], dtype=sum_dtype(query))
     weighted_keys = query.new_empty(query.shape if with_weighted_keys else 0)
     return lse, weighted_keys, lse.new_empty(lse.shape if with_max else 0)
 
@@ -219,65 +441,29 @@ def row_lse_grad_keys_op(
     grad_rows: Tensor,
     query: Tensor,
     keys: Tensor,
-    scale: Tensor,
+    scale: float | None,
+    learned_scale: Tensor | None,
     key_mask: Tensor | None,
     exclude_offset: int | None,
     lse: Tensor,
     backend: str,
 ) -> Tensor:
-    """`(softmax(logits) * grad_rows[..., None]).mT @ query` `[G, M, D]`, in the dtype of the keys."""
-    with torch.autocast(query.device.type, enabled=False):
-        return _implementation(query, backend).row_lse_grad_keys(
-            grad_rows, query, keys, scale, key_mask, exclude_offset, lse
-        )
-
-
-@row_lse_grad_keys_op.register_fake
-def _(grad_rows, query, keys, scale, key_mask, exclude_offset, lse, backend):
-    return keys.new_empty(keys.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    query, keys, scale, key_mask, ctx.exclude_offset, _, ctx.backend, *_ = inputs
-    lse, weighted_keys, max_logit = output
-    ctx.mark_non_differentiable(weighted_keys, max_logit)
-    ctx.set_materialize_grads(False)
-    needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
-    # Frozen keys are not kept, so a queue may be overwritten between forward and backward. The query
-    # is kept because a second differentiation has to find its way back here, to be refused.
-    ctx.save_for_backward(
-        query,
-        keys if needs_keys else None,
-        scale,
-        key_mask if needs_keys else None,
-        lse if needs_keys else None,
-        weighted_keys if needs_query or needs_scale else None,
+    """The gradient of the keys, registered with PyTorch."""
+    return _grad_keys(
+        grad_rows, query, keys, scale, learned_scale, key_mask, exclude_offset, lse, backend
     )
 
 
-def _backward(ctx, grad_lse, grad_expected_key, grad_largest):
-    if grad_lse is None:
-        return (None,) * 9
-    query, keys, scale, key_mask, lse, weighted_keys = ctx.saved_tensors
-    needs_query, needs_keys, needs_scale = ctx.needs_input_grad[:3]
-    grad_query = grad_keys = grad_scale = None
-    grad_rows = grad_lse * scale
-    if needs_query:
-        grad_query = (grad_rows.unsqueeze(-1) * weighted_keys).to(weighted_keys.dtype)
-    if needs_scale:
-        along = (query.to(grad_lse.dtype) * weighted_keys).sum(dim=-1)  # d lse / d scale
-        grad_scale = (grad_lse * along).sum()
-    if needs_keys:
-        grad_keys = row_lse_grad_keys_op(
-            grad_rows, query, keys, scale, key_mask, ctx.exclude_offset, lse, ctx.backend
-        )
-    if torch.is_grad_enabled():  # create_graph=True
-        grads = (grad_query, grad_keys, grad_scale)
-        grad_query, grad_keys, grad_scale = (
-            None if g is None else FirstOrderOnly.apply("row_lse", g, grad_lse, *ctx.saved_tensors)
-            for g in grads
-        )
-    return grad_query, grad_keys, grad_scale, None, None, None, None, None, None
+@row_lse_grad_keys_op.register_fake
+def _(
+    grad_rows: Tensor, query: Tensor, keys: Tensor, scale: Any, learned_scale: Any, key_mask: Any,
+    exclude_offset: Any, lse: Tensor, backend: str,
+) -> Tensor:  # fmt: skip
+    return keys.new_empty(keys.shape)
 
 
-row_lse_op.register_autograd(_backward, setup_context=_setup_context)
+def _registered_backward(ctx: Any, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return _backward(ctx, grad_lse, row_lse_grad_keys_op)
+
+
+row_lse_op.register_autograd(_registered_backward, setup_context=_save)

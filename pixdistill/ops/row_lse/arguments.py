@@ -1,4 +1,4 @@
-"""What `row_lse` accepts, and how broadcast batch axes become the groups of its operator."""
+"""What `row_lse` accepts."""
 
 import torch
 from torch import Tensor
@@ -6,50 +6,6 @@ from torch import Tensor
 from ..backend import BACKENDS
 
 MAX_WIDTH = 8192
-
-
-class Groups:
-    """Brings broadcast batch axes to `[G, N, D]` and `[G, M, D]` without copying keys.
-
-    Axes along which keys and mask are shared become further query rows, unless a query's row number
-    matters; the others become groups.
-    """
-
-    def __init__(self, query: Tensor, keys: Tensor, key_mask: Tensor | None, *, fold_rows: bool):
-        mask_batch: tuple[int, ...] = () if key_mask is None else tuple(key_mask.shape[:-1])
-        batch = torch.broadcast_shapes(query.shape[:-2], keys.shape[:-2], mask_batch)
-        axes = range(len(batch))
-        key_batch = (1,) * (len(batch) - keys.dim() + 2) + keys.shape[:-2]
-        mask_batch = (1,) * (len(batch) - len(mask_batch)) + mask_batch
-        shared = [a for a in axes if fold_rows and key_batch[a] == 1 and mask_batch[a] == 1]
-        own = [a for a in axes if a not in shared]
-        rows, width = query.shape[-2:]
-
-        sizes = [batch[a] for a in own]
-        self._order = (*own, *shared)
-        self._shape = (*sizes, *(batch[a] for a in shared), rows)
-        spread = query.expand(*batch, rows, width).permute(*self._order, len(batch), len(batch) + 1)
-        groups = 1
-        for size in sizes:
-            groups *= size
-        folded = rows
-        for a in shared:
-            folded *= batch[a]
-        self.query = spread.reshape(groups, folded, width)
-        self.keys = keys.reshape(*(key_batch[a] for a in own), *keys.shape[-2:]).expand(
-            *sizes, *keys.shape[-2:]
-        )
-        self.keys = self.keys.reshape(groups, *keys.shape[-2:])
-        self.key_mask = None
-        if key_mask is not None:
-            mask = key_mask.reshape(*(mask_batch[a] for a in own), key_mask.shape[-1])
-            self.key_mask = mask.expand(*sizes, -1).reshape(groups, key_mask.shape[-1])
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """`[G, N]` back to the broadcast batch axes and N."""
-        batch_axes = len(self._order)
-        inverse = [self._order.index(a) for a in range(batch_axes)]
-        return rows.reshape(self._shape).permute(*inverse, batch_axes)
 
 
 def check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend) -> None:

@@ -19,7 +19,7 @@ _CUDA_BLOCK = (4096, 4096)
 def row_lse(
     query: Tensor,
     keys: Tensor,
-    scale: Tensor,
+    scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
     *,
@@ -36,6 +36,7 @@ def row_lse(
     dtype = sum_dtype(query)
     operand = _operand_dtype(query)
     groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
+    keys, key_mask = _expand(keys, key_mask, groups)
     lse = query.new_full((groups, rows), -torch.inf, dtype=dtype)
     max_logit = torch.full_like(lse, -torch.inf) if with_max else None
     expected = query.new_zeros(query.shape, dtype=query.dtype) if with_weighted_keys else None
@@ -79,7 +80,7 @@ def row_lse_grad_keys(
     grad_rows: Tensor,
     query: Tensor,
     keys: Tensor,
-    scale: Tensor,
+    scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
     lse: Tensor,
@@ -88,7 +89,9 @@ def row_lse_grad_keys(
     dtype = sum_dtype(query)
     operand = _operand_dtype(query)
     groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
-    grad_keys = keys.new_zeros(keys.shape)
+    shared = keys.shape[0] == 1 and groups > 1
+    keys, key_mask = _expand(keys, key_mask, groups)
+    grad_keys = keys.new_zeros((groups, *keys.shape[1:]), dtype=dtype if shared else keys.dtype)
     step_g, step_n, step_m = _block_sizes(query, columns)
     buffer = query.new_empty(step_g * step_n * step_m, dtype=dtype)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without keys has no probabilities
@@ -104,7 +107,13 @@ def row_lse_grad_keys(
                 weights.sub_(lse[g, n].unsqueeze(-1)).exp_().mul_(grad_rows[g, n].unsqueeze(-1))
                 total += weights.mT @ query[g, n].to(dtype)
             grad_keys[g, m] = total
-    return grad_keys
+    return grad_keys.sum(dim=0, keepdim=True).to(keys.dtype) if shared else grad_keys
+
+
+def _expand(keys: Tensor, key_mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    if key_mask is not None:
+        key_mask = key_mask.expand(groups, -1)
+    return keys.expand(groups, -1, -1), key_mask
 
 
 def _operand_dtype(tensor: Tensor) -> torch.dtype:

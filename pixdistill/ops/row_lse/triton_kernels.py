@@ -216,7 +216,7 @@ def row_lse_grad_keys_kernel(
 def row_lse(
     query: Tensor,
     keys: Tensor,
-    scale: Tensor,
+    scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
     *,
@@ -245,10 +245,10 @@ def row_lse(
         return _join(lse, weighted_keys, max_logit, query.dtype)
     with torch.cuda.device_of(query):
         row_lse_kernel[(n_tiles * splits,)](
-            *operands, _bytes(key_mask, query), scale,
+            *operands, _bytes(key_mask, query), _pointer(scale, query),
             lse, _or(weighted_keys, lse), _or(max_logit, lse),
             groups, rows, columns, width, per_split, exclude_offset or 0,
-            *operands[0].stride(), *operands[1].stride(), *_strides(key_mask),
+            *operands[0].stride(), *_strides(operands[1]), *_strides(key_mask),
             BN=launch.BN, BM=launch.BM, BD=padded_width(width),
             SUBTRACT_MAX=subtract_max, HAS_MASK=key_mask is not None, EXCLUDE=exclude_offset is not None,
             WITH_KEY=with_weighted_keys, WITH_MAX=with_max, PRECISION=_precision(query),
@@ -261,7 +261,7 @@ def row_lse_grad_keys(
     grad_rows: Tensor,
     query: Tensor,
     keys: Tensor,
-    scale: Tensor,
+    scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
     lse: Tensor,
@@ -277,19 +277,24 @@ def row_lse_grad_keys(
     splits, per_split = split(m_tiles, triton.cdiv(rows, launch.BN), query.device, splits)
 
     dtype = keys.dtype if splits == 1 else torch.float32
+    shared = keys.shape[0] == 1 and groups > 1
+    dtype = torch.float32 if shared else dtype
     grad_keys = keys.new_empty((splits, groups, columns, width), dtype=dtype)
     if grad_keys.numel() == 0:
-        return grad_keys[0]
+        return grad_keys.new_zeros(keys.shape, dtype=keys.dtype)
     with torch.cuda.device_of(query):
         row_lse_grad_keys_kernel[(m_tiles * splits,)](
-            grad_rows.contiguous(), *operands, _bytes(key_mask, query), scale, lse, grad_keys,
+            grad_rows.contiguous(), *operands, _bytes(key_mask, query), _pointer(scale, query),
+            lse, grad_keys,
             groups, rows, columns, width, per_split, exclude_offset or 0,
-            *operands[0].stride(), *operands[1].stride(), *_strides(key_mask),
+            *operands[0].stride(), *_strides(operands[1]), *_strides(key_mask),
             BN=launch.BN, BM=launch.BM, BD=padded_width(width),
             HAS_MASK=key_mask is not None, EXCLUDE=exclude_offset is not None,
             PRECISION=_precision(query),
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
+    if shared:
+        return grad_keys.sum(dim=(0, 1)).unsqueeze(0).to(keys.dtype)
     return grad_keys[0] if splits == 1 else grad_keys.sum(dim=0).to(keys.dtype)
 
 
@@ -336,8 +341,17 @@ def _bytes(key_mask: Tensor | None, query: Tensor) -> Tensor:
     return query if key_mask is None else key_mask.view(torch.uint8)
 
 
-def _strides(key_mask: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if key_mask is None else key_mask.stride()
+def _pointer(scale: float | Tensor, query: Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return scale
+    return torch.full((), scale, dtype=torch.float32, device=query.device)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides, 0 along a batch of one that all groups share."""
+    if tensor is None:
+        return (0, 0)
+    return (0 if tensor.shape[0] == 1 else tensor.stride(0), *tensor.stride()[1:])
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
