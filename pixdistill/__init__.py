@@ -1,5 +1,11 @@
 """Composable modules for dense (pixel-level) knowledge distillation."""
 
+import warnings
+
+with warnings.catch_warnings():  # torch warns where NumPy is absent, which is not needed here
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch as torch
+
 from ._head_layers import L2Norm as L2Norm
 from .af_dcd import AfDCDComponents as AfDCDComponents
 from .af_dcd import AfDCDLoss as AfDCDLoss

@@ -1,191 +1,126 @@
-"""`python -m pixdistill`: versions, devices, the backend of each operator, and a check of each backend.
+"""Print versions, devices, and for each operator its backend, its error, and why no fused kernel runs.
 
-For each operator, device and dtype it says which backend "auto" takes, and why not the fused kernel.
-Then every backend that can run here computes a small problem, values and gradient, which is compared
-with the dense reference in float64. The exit status is 1 if one is wrong. A report of a fault should
-begin with this output.
+The error is the largest of value and gradient on a small problem, against the dense reference in
+float64, relative to the largest element. The exit status is 1 where one is too large or an operator
+fails. A bug report should begin with this output.
 """
 
-import functools
+import argparse
 import importlib.metadata
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .ops import patch_lse, row_lse
+from .ops.backend import Backend
+from .ops.patch_lse import patch_lse
+from .ops.row_lse import row_lse
+from .pixel_contrast import PixelContrastLoss
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Call = Callable[[Tensor, Tensor, Backend], Tensor]
+OPERATORS: dict[str, Call] = {
+    "contrast": lambda s, t, backend: PixelContrastLoss(backend=backend)(s, t),
+    "row_lse": lambda s, t, backend: row_lse(
+        s.flatten(2).mT, t.flatten(2).mT, 0.5, exclude_offset=3, backend=backend
+    ),
+    "patch_lse": lambda s, t, backend: patch_lse(
+        s, t, groups=2, patch=(2, 3), temperature=1.0, backend=backend
+    ),
+}
+"""From maps `[B, C, H, W]` to a result that is differentiable with respect to the first."""
 
-# Largest error by the largest number. float32 on the tensor cores (TF32) has float16's mantissa.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-
-
-class Problem(NamedTuple):
-    """A small problem of an operator: uneven blocks, something masked, something left out."""
-
-    source: Tensor
-    """What its result is differentiated by."""
-    solve: Callable[[str], Tensor]
-    """The result of a backend."""
-    why_not_triton: str | None
-    """Why "auto" does not take the fused kernel."""
-
-
-def row_lse_problem(device: torch.device, dtype: torch.dtype, rounded: torch.dtype) -> Problem:
-    """Unit vectors that `rounded` holds exactly, computed with in `dtype`."""
-    generator = torch.Generator().manual_seed(0)
-    query, keys = (
-        F.normalize(torch.randn(n, 32, generator=generator), dim=1).to(rounded).to(device, dtype)
-        for n in (70, 150)
-    )
-    query.requires_grad_()
-    key_mask = torch.arange(150, device=device) % 7 > 0
-    solve = functools.partial(_row_lse, query, keys, key_mask)
-    return Problem(query, solve, row_lse.why_not_triton(query))
+TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-5}
 
 
-def _row_lse(query: Tensor, keys: Tensor, key_mask: Tensor, backend: str) -> Tensor:
-    return row_lse.row_lse(
-        query, keys, 5.0, key_mask=key_mask, exclude_offset=3, logit_bound=5.0, backend=backend
-    )
-
-
-def patch_lse_problem(device: torch.device, dtype: torch.dtype, rounded: torch.dtype) -> Problem:
-    """Maps that `rounded` holds exactly, computed with in `dtype`; the last patches are smaller."""
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (
-        torch.randn(2, 12, 5, 7, generator=generator).to(rounded).to(device, dtype)
-        for _ in range(2)
-    )
-    student.requires_grad_()
-    valid_mask = (torch.arange(70, device=device) % 9 > 0).view(2, 5, 7)
-    solve = functools.partial(_patch_lse, student, teacher, valid_mask)
-    return Problem(student, solve, patch_lse.why_not_triton(student, groups=3))
-
-
-def _patch_lse(student: Tensor, teacher: Tensor, valid_mask: Tensor, backend: str) -> Tensor:
-    margin = patch_lse.patch_lse(
-        student,
-        teacher,
-        groups=3,
-        patch=(2, 3),
-        temperature=0.5,
-        distance="l2",
-        valid_mask=valid_mask,
-        backend=backend,
-    )
-    return margin.masked_fill(~valid_mask.unsqueeze(1), 0.0)  # -inf
-
-
-PROBLEMS = {"row_lse": row_lse_problem, "patch_lse": patch_lse_problem}
-"""An operator each."""
-
-
-def error(problem: Problem, backend: str, truth: Problem) -> float:
-    """Largest error of value and gradient, relative to the largest number of the truth."""
-    errors = []
-    for ours, exact in zip(_solution(problem, backend), _solution(truth, "reference"), strict=True):
-        difference = (ours.cpu().double() - exact).abs().max() / exact.abs().max()
-        errors.append(float(difference))
-    return max(errors) if all(e == e for e in errors) else float("nan")
-
-
-def _solution(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    value = problem.solve(backend)
-    return value.detach(), torch.autograd.grad(value.sum(), problem.source)[0]
+def main() -> int:
+    """Print the report. Returns 1 where an operator is wrong, 0 otherwise."""
+    argparse.ArgumentParser("python -m pixdistill", description=__doc__).parse_args()
+    for line in versions():
+        print(line)
+    for device, about in devices().items():
+        print(f"{device}: {about}")
+    print(f"\n{'operator':<17}{'device':<8}{'dtype':<10}{'backend':<9}{'error':<9}why not triton")
+    wrong = 0
+    for name, call in OPERATORS.items():
+        for device in devices():
+            for dtype, tolerance in TOLERANCE.items():
+                row, right = check(call, device, dtype, tolerance)
+                wrong += not right
+                print(f"{name:<17}{device:<8}{str(dtype)[len('torch.') :]:<10}{row}".rstrip())
+    print(f"\n{wrong} wrong: please report it" if wrong else "\nall right")
+    return 1 if wrong else 0
 
 
 def versions() -> Iterator[str]:
-    """Of everything that takes part."""
+    """Versions and settings of everything that takes part, one per line."""
     yield f"pixdistill {__version__}"
     yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield f"torch {torch.__version__}, CUDA {torch.version.cuda}, ROCm {torch.version.hip}"
     for package in ("triton", "einops"):
         found = list(importlib.metadata.distributions(name=package))
         yield f"{package} {found[0].version}" if found else f"{package} is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET", "not set")
-    yield f"float32 matmul precision {torch.get_float32_matmul_precision()!r}"
-    yield f"TRITON_INTERPRET {interpreted}"
-    backends = ("gloo", "nccl", "mpi", "ucc")
-    available = dist.is_available()
-    present = [name for name in backends if available and dist.is_backend_available(name)]
-    yield f"torch.distributed: {', '.join(present) or 'none'}"
+    yield f"TRITON_INTERPRET {os.environ.get('TRITON_INTERPRET', 'not set')}"
+    present = [b for b in ("gloo", "nccl") if dist.is_available() and dist.is_backend_available(b)]
+    yield f"torch.distributed {', '.join(present) or 'not available'}"
 
 
-def devices() -> dict[torch.device, str]:
+def devices() -> dict[str, str]:
     """The CPU and every CUDA device, described."""
     capability = torch.backends.cpu.get_cpu_capability()
-    found = {torch.device("cpu"): f"{capability}, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{capability}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        memory = facts.total_memory / 2**30
-        about = f"{facts.name}, sm_{facts.major}{facts.minor}, {memory:.0f} GiB"
-        found[torch.device("cuda", index)] = about
+        memory = f"{facts.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{facts.name}, sm_{facts.major}{facts.minor}, {memory}"
     return found
 
 
-def main() -> int:
-    """Print the report; 1 if a backend is wrong, 0 otherwise."""
-    for line in versions():
-        print(line)
-    for device, about in devices().items():
-        print(f"{device}: {about}")
-
-    print('\nbackend="auto" takes')
-    for name, make in PROBLEMS.items():
-        for device in devices():
-            for dtype in DTYPES:
-                reason = make(device, dtype, dtype).why_not_triton
-                if reason is None and device.type == "cpu":
-                    reason = "under the interpreter it is slow, and runs only when asked for"
-                taken = "triton" if reason is None else f"torch   (not triton: {reason})"
-                print(f"  {_label(name, device, dtype)}{taken}")
-
-    print("\nlargest relative error of value and gradient, against the dense reference in float64")
-    wrong = 0
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # or the fused kernel takes no float32
-    for name, make in PROBLEMS.items():
-        for device in devices():
-            for dtype in DTYPES:
-                for backend in ("reference", "torch", "triton"):
-                    verdict, right = _verdict(make, device, dtype, backend)
-                    wrong += not right
-                    print(f"  {_label(name, device, dtype)}{backend:<11}{verdict}")
-    torch.set_float32_matmul_precision(precision)
-    print(f"\n{wrong} wrong: please report it" if wrong else "\nall right")
-    return 1 if wrong else 0
-
-
-def _verdict(
-    make: Callable[..., Problem], device: torch.device, dtype: torch.dtype, backend: str
-) -> tuple[str, bool]:
-    """The error of a backend, or why there is none; False if it is wrong."""
-    tf32 = dtype == torch.float32 and (backend == "triton" or device.type == "cuda")
-    tolerance = TOLERANCE[torch.float16 if tf32 else dtype]
-    truth = make(torch.device("cpu"), torch.float64, dtype)
+def check(call: Call, device: str, dtype: torch.dtype, tolerance: float) -> tuple[str, bool]:
+    """The end of a row: what "auto" takes, its error, why not Triton; and whether it is right."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 8, 5, 7, generator=generator).to(dtype) for _ in range(2))
     try:
-        problem = make(device, dtype, dtype)
-        if backend == "triton" and problem.why_not_triton is not None:
-            return f"not run: {problem.why_not_triton}", True
-        found = error(problem, backend, truth)
-    except Exception as reason:  # whatever it is, the report has to hold it
-        return f"FAILED: {type(reason).__name__}: {reason}", False
-    right = found <= tolerance
-    return f"{found:.1e}  {'ok' if right else f'WRONG: at most {tolerance:.0e} is right'}", right
+        reason = why_not_triton(call, student.to(device), teacher.to(device))
+        ours = solve(call, student.to(device), teacher.to(device), "auto")
+        truth = solve(call, student.double(), teacher.double(), "reference")
+    except Exception as fault:  # whatever it is, the report has to show it
+        return f"FAILED: {type(fault).__name__}: {fault}", False
+    errors = [(x.cpu() - y).abs().max() / y.abs().max() for x, y in zip(ours, truth, strict=True)]
+    error = float(torch.stack(errors).max())
+    right = error <= tolerance
+    verdict = "" if right else f"WRONG: above {tolerance:.0e}  "
+    return f"{'torch' if reason else 'triton':<9}{error:<9.1e}{verdict}{reason}", right
 
 
-def _label(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    return f"{name:<11}{device!s:<8}{str(dtype).removeprefix('torch.'):<10}"
+def why_not_triton(call: Call, student: Tensor, teacher: Tensor) -> str:
+    """The reason why "auto" does not take the fused kernel; empty where it does."""
+    try:
+        call(student, teacher, "triton")
+    except ValueError as refusal:
+        reason = str(refusal).partition(" cannot run here: ")[2]
+        if not reason:
+            raise
+        return reason.removesuffix('. Use backend="auto".')
+    return "interpreted kernels run only when asked for" if student.device.type == "cpu" else ""
+
+
+def solve(call: Call, student: Tensor, teacher: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Value and gradient."""
+    student.requires_grad_()
+    value = call(student, teacher, backend)
+    return value.detach(), torch.autograd.grad(value.sum(), student)[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `python -m pixdistill | head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = 1
+    sys.exit(status)
