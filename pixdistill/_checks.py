@@ -126,7 +126,7 @@ def map_2d(name: str, tensor: Tensor, channels: int | None = None, remedy: str =
     if not flat and (channels is None or shape[1] == channels):
         return
     if len(shape) == 3:
-        remedy = remedy or f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
+        remedy = f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
     elif len(shape) == 4 and shape[3] == channels:
         remedy = f"For [B, H, W, C], write {name}.permute(0, 3, 1, 2)."
     wanted = "C" if channels is None else channels

@@ -66,14 +66,15 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def operand_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of matrix products: the tensor's, or the autocast dtype under autocast."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
+    kind = tensor.device.type
+    if kind != "meta" and tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return tensor.dtype
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Inside it, autocast changes no matrix product. Free where autocast is off."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
