@@ -276,7 +276,7 @@ def _forward(
         _flat(query),
         _flat(keys),
         scale if learned_scale is None else learned_scale,  # type: ignore[arg-type]
-        None if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1]),
+        None if key_mask is None else _flat(key_mask.unsqueeze(-2)).squeeze(1),
         exclude_offset,
         logit_bound=logit_bound,
         backend=backend,
@@ -309,7 +309,7 @@ def _grad_keys(
         query,
         _flat(keys),
         scale if learned_scale is None else learned_scale,  # type: ignore[arg-type]
-        None if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1]),
+        None if key_mask is None else _flat(key_mask.unsqueeze(-2)).squeeze(1),
         exclude_offset,
         lse.reshape(query.shape[:2]),
         backend=backend,
