@@ -16,8 +16,8 @@ from helpers import (
 from helpers import high_precision as high_precision
 from hypothesis import given
 from hypothesis import strategies as st
-from pixdistill.ops.backend import why_no_kernel
 
+from pixdistill.ops.backend import why_no_kernel
 from pixdistill.ops.row_lse import chunked, row_lse, row_lse_and_max
 
 FAST = ("torch", "triton")
