@@ -16,6 +16,7 @@ import torch
 from helpers import ROOT, run
 
 import pixdistill
+import pixdistill.functional
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOOLS = {"pip", "pytest", "sphinx", "build", "twine", "coverage", "venv"}
@@ -136,12 +137,34 @@ def test_the_habits_name_what_the_project_supports():
     assert re.findall(r"arXiv:([\d.]+)", (ROOT / "CITATION.cff").read_text()) == papers
 
 
+def listed() -> dict[str, object]:
+    """What the API page lists, by its full name."""
+    found: dict[str, object] = {}
+    module = ""
+    for line in (ROOT / "docs" / "api.md").read_text().splitlines():
+        if line.startswith(".. currentmodule:: "):
+            module = line.split()[-1]
+        if re.fullmatch(r"   \w+", line):
+            name = f"{module}.{line.strip()}"
+            found[name] = getattr(importlib.import_module(module), line.strip())
+    return found
+
+
 def test_every_name_is_on_the_api_page():
-    page = (ROOT / "docs" / "api.md").read_text()
-    public = [name for name, value in vars(pixdistill).items() if callable(value)]
-    assert {"PixelQueue", "plug"} <= set(public)
-    for name in public:
-        assert name.startswith("_") or f"pixdistill.{name}\n" in page, name
+    for module in (pixdistill, pixdistill.functional):
+        public = {name: v for name, v in vars(module).items() if callable(v) and name[0] != "_"}
+        assert public
+        for name, value in public.items():
+            assert any(value is each for each in listed().values()), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_the_api_lead_somewhere(page):
+    for target in re.findall(r"\{py:\w+\}`~?(pixdistill[\w.]*)`", page.read_text()):
+        first = ".".join(target.split(".")[:-1])
+        assert target in listed() or (
+            first in listed() and hasattr(listed()[first], target.split(".")[-1])
+        ), target
 
 
 FIGURES = {
