@@ -205,6 +205,18 @@ def mask(
     device(name, value, like)
 
 
+def temperature(value: Any, like: Tensor) -> float | Tensor:
+    """A finite number above zero, or a tensor of one element on the student's device."""
+    if not isinstance(value, Tensor):
+        return positive("temperature", value)
+    if value.numel() != 1 or not value.is_floating_point() or value.device != like.device:
+        raise ValueError(
+            f"temperature must be a number, or one floating-point element on {like.device}; "
+            f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
+        )
+    return value.reshape(())
+
+
 def token_weights(weights: Tensor | None, masks: Tensor) -> None:
     """One weight per mask, `[B, T]` for masks `[B, T, H, W]`, on their device, or None."""
     if weights is None:

@@ -1,7 +1,7 @@
 """Frozen rows of all ranks, gathered at once or passed around a ring (torch.distributed underneath).
 
-Rows need no gradient, so a plain gather is exact. Ranks may hold different numbers of rows, none too:
-rows are padded to the longest rank, and a mask tells the padding apart. Where the process group is
+Rows need no gradient, so a plain gather is exact. Ranks may hold different numbers of rows, including
+zero: rows are padded to the longest rank, and a mask marks the padding. Where the process group is
 not initialised, or has one process, nothing is communicated.
 """
 
@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 
 class Block(NamedTuple):
     """Keys of one rank or of several, as `row_lse` takes them."""
@@ -22,7 +24,7 @@ class Block(NamedTuple):
     mask: Tensor | None
     """`[M]` bool, True = the key counts; None if all do."""
     exclude_offset: int | None
-    """Key `n + exclude_offset` is the positive of this rank's row n; None if it is not here."""
+    """Key `n + exclude_offset` is the positive of this rank's row n; None if it is not in the block."""
 
 
 def world_size() -> int:
@@ -31,89 +33,84 @@ def world_size() -> int:
 
 
 @torch.no_grad()
-def all_blocks(keys: Tensor, mask: Tensor | None) -> Block:
-    """The keys of all ranks in one block, of W times the longest rank's size."""
-    lengths, masked = _agree(keys, mask)
-    keys, mask = _pad(keys, mask, max(lengths), masked)
-    offset = dist.get_rank() * max(lengths)
-    return Block(_all_gather(keys), None if mask is None else _all_gather(mask), offset)
+def gathered_block(keys: Tensor, mask: Tensor | None) -> Iterator[Block]:
+    """One block with the keys of all ranks: W times the rows of the longest rank."""
+    sizes, masked = gather_sizes(keys, mask)
+    keys, mask = _pad(keys, mask, max(sizes), masked)
+    offset = dist.get_rank() * max(sizes)
+    yield Block(_all_gather(keys), None if mask is None else _all_gather(mask), offset)
 
 
 @torch.no_grad()
 def ring_blocks(keys: Tensor, mask: Tensor | None) -> Iterator[Block]:
     """This rank's own keys, then those of the ranks before it, one after the other.
 
-    While a block is used, the next is already on its way: never more than two are in memory. Every
-    rank has to exhaust the iterator.
+    While a block is used, the next one is on its way: at most two are in memory. A block is
+    overwritten after the next one. Every rank has to exhaust the iterator.
     """
-    lengths, masked = _agree(keys, mask)
-    keys, mask = _pad(keys, mask, max(lengths), masked)
-    rank, world = dist.get_rank(), len(lengths)
-    here, there = (
-        [keys.contiguous()],
-        [torch.empty_like(keys, memory_format=torch.contiguous_format)],
-    )
-    if mask is not None:
-        here.append(mask.contiguous())
-        there.append(torch.empty_like(mask))
+    sizes, masked = gather_sizes(keys, mask)
+    padded, mask = _pad(keys, mask, max(sizes), masked)
+    rank, world = dist.get_rank(), len(sizes)
+    # Each buffer is received into later on, and the caller's rows must stay as they are.
+    if padded is keys:
+        padded = keys.clone(memory_format=torch.contiguous_format)
+    send_buf = [padded] if mask is None else [padded, mask]
+    recv_buf = [torch.empty_like(sent) for sent in send_buf]
     for step in range(world):
         works: list[dist.Work] = []
         if step < world - 1:
             works = dist.batch_isend_irecv(
-                [dist.P2POp(dist.isend, sent, (rank + 1) % world) for sent in here]
-                + [dist.P2POp(dist.irecv, came, (rank - 1) % world) for came in there]
+                [dist.P2POp(dist.isend, sent, (rank + 1) % world) for sent in send_buf]
+                + [dist.P2POp(dist.irecv, received, (rank - 1) % world) for received in recv_buf]
             )
-        yield Block(here[0], here[1] if masked else None, 0 if step == 0 else None)
+        yield Block(send_buf[0], send_buf[1] if masked else None, 0 if step == 0 else None)
         for work in works:
             work.wait()
-        here, there = there, here
+        send_buf, recv_buf = recv_buf, send_buf
 
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows `[n, D]` of all ranks in the order of the ranks, the same on every rank."""
-    lengths, _ = _agree(rows, None)
-    padded, _ = _pad(rows, None, max(lengths), masked=False)
-    if not max(lengths):
+    sizes, _ = gather_sizes(rows, None)
+    padded, _ = _pad(rows, None, max(sizes), masked=False)
+    if not max(sizes):
         return rows
-    blocks = _all_gather(padded).split(max(lengths))
-    return torch.cat([block[:n] for block, n in zip(blocks, lengths, strict=True)])
+    blocks = _all_gather(padded).split(max(sizes))
+    return torch.cat([block[:n] for block, n in zip(blocks, sizes, strict=True)])
 
 
 def broadcast(*tensors: Tensor) -> None:
-    """Give all ranks rank 0's numbers, in place."""
+    """Copy rank 0's values to all ranks, in place."""
     for tensor in tensors:
         dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()
-def total(count: Tensor) -> Tensor:
-    """The sum of a number over all ranks."""
-    count = count.clone()
-    dist.all_reduce(count)
-    return count
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks; the argument stays as it is."""
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
 
 
-def _agree(rows: Tensor, mask: Tensor | None) -> tuple[list[int], bool]:
-    """Every rank's number of rows, and whether any rank has something to mask.
+def gather_sizes(rows: Tensor, mask: Tensor | None) -> tuple[list[int], bool]:
+    """The number of rows of every rank, and whether any rank needs a mask.
 
-    Sizes of tensors live on the host, so the numbers travel there: over gloo where the process group
-    has it (as by default), otherwise over the device, which waits for it once.
+    Sizes of tensors live on the host, so these integers travel between hosts: over gloo where the
+    process group has it (as by default), otherwise over the device, which synchronises once.
     """
     backends = dist.get_backend_config() if hasattr(dist, "get_backend_config") else ""
     device = torch.device("cpu") if "cpu" in backends else rows.device
     own = [rows.shape[0], int(mask is not None), rows.shape[1], _DTYPES.index(rows.dtype)]
     table = _all_gather(torch.tensor([own], dtype=torch.int64, device=device)).tolist()
-    lengths, masked, widths, dtypes = zip(*table, strict=True)
+    sizes, masked, widths, dtypes = zip(*table, strict=True)
     if len(set(widths)) > 1 or len(set(dtypes)) > 1:
         raise ValueError(
             "the ranks' keys must have one width and dtype; "
             f"got {[(w, str(_DTYPES[d])) for w, d in zip(widths, dtypes, strict=True)]}"
         )
-    return list(lengths), any(masked) or len(set(lengths)) > 1
-
-
-_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    return list(sizes), any(masked) or len(set(sizes)) > 1
 
 
 def _pad(
@@ -122,13 +119,13 @@ def _pad(
     missing = length - rows.shape[0]
     if masked:
         mask = rows.new_ones(rows.shape[0], dtype=torch.bool) if mask is None else mask
-        mask = F.pad(mask, (0, missing))
-    return F.pad(rows, (0, 0, 0, missing)), mask
+        mask = torch.cat([mask, mask.new_zeros(missing)])
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows, mask
 
 
 def _all_gather(rows: Tensor) -> Tensor:
-    everyone = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+    output = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
     # torch 2.13 renamed it, and warns at each call by the old name
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(everyone, rows.contiguous())
-    return everyone
+    gather(output, rows.contiguous())
+    return output

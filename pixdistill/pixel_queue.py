@@ -10,21 +10,16 @@ from ._distributed import broadcast, gather_rows, world_size
 MIN_NORM = 1e-12
 
 
-def unit_vectors(vectors: Tensor, *, differentiable_twice: bool = False) -> Tensor:
-    """`vectors / |vectors|` over the last axis, in their dtype; zero, with zero gradient, at zero.
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """`vectors / |vectors|` over the last axis, in their dtype; zero where the norm is at most 1e-12.
 
-    The norm is taken in float32 (float64 for float64). NaN and inf give NaN, and so does a vector whose
-    squares overflow. The second derivative at zero is NaN unless `differentiable_twice`, for a copy.
+    The norm is taken in float32 (float64 for float64). NaN and inf give NaN, and so does a vector
+    whose squares overflow.
     """
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    short, long = norm <= MIN_NORM, norm == torch.inf
-    if differentiable_twice:
-        norm = torch.linalg.vector_norm(
-            vectors.masked_fill(short, 1.0), dim=-1, keepdim=True, dtype=dtype
-        )
-    inverse = norm.masked_fill(short, torch.inf).reciprocal().masked_fill(long, torch.nan)
-    return (vectors * inverse).to(vectors.dtype)
+    inverse = norm.masked_fill(norm <= MIN_NORM, torch.inf).reciprocal()
+    return (vectors * inverse.masked_fill(norm == torch.inf, torch.nan)).to(vectors.dtype)
 
 
 class PixelQueue(nn.Module):
@@ -63,14 +58,13 @@ class PixelQueue(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.integer("size", size)
-        _checks.integer("dim", dim)
-        _checks.flag("gather_distributed", gather_distributed)
-        self.size = size
-        self.dim = dim
-        self.gather_distributed = gather_distributed
+        self.size = _checks.integer("size", size)
+        self.dim = _checks.integer("dim", dim)
+        self.gather_distributed = _checks.flag("gather_distributed", gather_distributed)
         self._shared = False  # not saved: a resumed run takes rank 0's queue again
-        self.register_buffer("keys", torch.empty(size, dim, device=device, dtype=dtype))
+        if dtype is not None and dtype not in _checks.FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}")
+        self.register_buffer("keys", torch.empty(self.size, self.dim, device=device, dtype=dtype))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
@@ -95,11 +89,12 @@ class PixelQueue(nn.Module):
         Wraps at the end and keeps the newest `size` when n is larger. A row that is not finite, or
         has no direction, leaves its slot as it was; the pointer moves by n all the same.
         """
-        if not isinstance(vectors, Tensor) or vectors.dim() != 2 or vectors.shape[1] != self.dim:
-            got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-            raise ValueError(f"vectors must have shape [n, {self.dim}]; got {got}")
-        if not vectors.is_floating_point():
-            raise TypeError(f"vectors must have a floating-point dtype; got {vectors.dtype}")
+        _checks.floating("vectors", vectors)
+        if vectors.dim() != 2 or vectors.shape[1] != self.dim:
+            raise ValueError(
+                f"vectors must have shape [n, {self.dim}]; got {tuple(vectors.shape)}"
+                + (". For a map, use enqueue_pooled." if vectors.dim() > 2 else "")
+            )
         if vectors.device != self.keys.device:
             raise ValueError(
                 f"vectors must be on the queue's device, {self.keys.device}; got {vectors.device}"
@@ -118,9 +113,7 @@ class PixelQueue(nn.Module):
 
     def enqueue_pooled(self, teacher_map: Tensor) -> None:
         """PCD's update: average the map `[B, dim, *spatial]` over space and enqueue the B vectors."""
-        if not isinstance(teacher_map, Tensor) or not teacher_map.is_floating_point():
-            got = getattr(teacher_map, "dtype", type(teacher_map).__name__)
-            raise TypeError(f"teacher_map must be a floating-point tensor; got {got}")
+        _checks.floating("teacher_map", teacher_map)
         if teacher_map.dim() < 3 or teacher_map.shape[1] != self.dim:
             raise ValueError(
                 f"teacher_map must have shape [B, {self.dim}, *spatial]; "

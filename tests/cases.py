@@ -42,10 +42,10 @@ class Case(NamedTuple):
 def plain_contrast(loss: Any, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     """Cross-entropy of the matrix of all similarities."""
     queue = teacher[:0, :, 0, 0] if loss.queue is None else loss.queue.keys
-    in_batch = "image" in NEGATIVES_OF(loss) or "batch" in NEGATIVES_OF(loss)
+    in_batch = loss.negatives is not None
     rows = [F.normalize(rearrange(x, "b c h w -> b (h w) c"), dim=-1) for x in (student, teacher)]
     sets = [(s[v], t[v]) for s, t, v in zip(*rows, valid.flatten(1), strict=True)]
-    if "image" not in NEGATIVES_OF(loss):
+    if loss.negatives != "image":
         sets = [(torch.cat([s for s, _ in sets]), torch.cat([t for _, t in sets]))] if sets else []
     total = student.sum() * 0
     for s, t in sets:
@@ -57,11 +57,6 @@ def plain_contrast(loss: Any, student: Tensor, teacher: Tensor, valid: Tensor) -
         first = torch.zeros(len(s), dtype=torch.int64)
         total = total + F.cross_entropy(logits, first, reduction="sum")
     return total / valid.sum().clamp_min(1)
-
-
-def NEGATIVES_OF(loss: Any) -> tuple[str, ...]:  # noqa: N802
-    """Until PixelContrastLoss has negatives="batch" | "image" | None."""
-    return (loss.negatives,) if isinstance(loss.negatives, str) else (loss.negatives or ())
 
 
 def plain_masked(loss: Any, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
@@ -182,13 +177,13 @@ LOSSES = {
     ),
     "contrast, queue": Case(
         lambda backend="auto": PixelContrastLoss(
-            negatives="queue", queue=PixelQueue(24, WIDTH), backend=backend
+            negatives=None, queue=PixelQueue(24, WIDTH), backend=backend
         ),
         plain_contrast,
     ),
     "contrast, learnable": Case(
         lambda backend="auto": PixelContrastLoss(
-            negatives=("queue", "image"),
+            negatives="image",
             queue=PixelQueue(24, WIDTH),
             learnable_temperature=True,
             backend=backend,

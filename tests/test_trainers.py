@@ -27,7 +27,7 @@ TESTED = {
 
 LOSSES = (
     "pixdistill.PixelContrastLoss(gather_distributed=True)",
-    "pixdistill.PixelContrastLoss(learnable_temperature=True, negatives=('queue', 'image'), "
+    "pixdistill.PixelContrastLoss(learnable_temperature=True, negatives='image', "
     "queue=pixdistill.PixelQueue(64, 32))",
     "pixdistill.MaskedDistillationLoss(pixdistill.MaskedReceptiveTokens(32), student_channels=32)",
     "pixdistill.AfDCDLoss(32, 32, num_groups=4, patch_size=2, pool_size=2, mimic_weight=1e-4)",

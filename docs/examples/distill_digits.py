@@ -67,7 +67,7 @@ class PixelContrast(nn.Module):
         super().__init__()
         self.projector = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
         self.queue = PixelQueue(QUEUE_SIZE, teacher_channels) if queued else None
-        negatives = "queue" if queued else "batch"
+        negatives = None if queued else "batch"
         self.contrast = PixelContrastLoss(temperature=0.1, negatives=negatives, queue=self.queue)
         self.weight = 2.0
 

@@ -240,7 +240,7 @@ class Distillation(nn.Module):
         self.adaptor = SpatialAdaptor(teacher.head)
         self.head = PixelHead.like(self.adaptor, self.student.channels)
         self.queue = PixelQueue(QUEUE_SIZE, WIDTHS[-1])
-        self.contrast = PixelContrastLoss(TEMPERATURE, negatives="queue", queue=self.queue)
+        self.contrast = PixelContrastLoss(TEMPERATURE, negatives=None, queue=self.queue)
         if objective.mhsa:
             plug(self.student, "out", MHSAPlugin(self.student.channels, num_heads=4))
 
