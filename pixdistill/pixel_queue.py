@@ -123,5 +123,6 @@ class PixelQueue(nn.Module):
         self.enqueue(teacher_map.detach().flatten(2).mean(dim=2, dtype=dtype))
 
     def extra_repr(self) -> str:
-        """Size and width."""
-        return f"size={self.size}, dim={self.dim}"
+        """The settings, in the order of the constructor."""
+        gathers = ", gather_distributed=True" if self.gather_distributed else ""
+        return f"size={self.size}, dim={self.dim}{gathers}"
