@@ -1,15 +1,15 @@
-"""Draw what SpatialAdaptor does to an activation, and what that does for a whole head.
+"""Draw how SpatialAdaptor changes an activation, and its error over a whole head.
 
     python docs/examples/adapted_head.py
 
-Three panels take one channel of one feature map before an activation: ReLU or GELU at each pixel, and
-the straight line that the adaptor puts in its place. The fourth applies two heads to maps whose pixels
-differ more and more from their mean, and shows how far the mean of the result is from the head's
-answer to the mean: `|mean(f(x)) - head(mean(x))| / |head(mean(x))|`, for f the head at every pixel and
-for f the adaptor. The heads have the layers of MoCo v3's (ResNet) and DINO's, small, with random
-weights and with the BatchNorm statistics of random vectors. It takes seconds on one CPU core.
+Three panels show one channel of one feature map before an activation: ReLU or GELU at each pixel, and
+the linear map that the adaptor applies instead. The fourth applies two heads to maps whose pixels
+differ more and more from their mean. It shows how far the mean of the result is from the head's output
+for the mean, `|mean(f(x)) - head(mean(x))| / |head(mean(x))|`, where f is the head applied to every
+pixel, or the adaptor. The heads have the layers of MoCo v3's (ResNet) and DINO's, but are small, with
+random weights and the BatchNorm statistics of random vectors. It takes seconds on one CPU core.
 
-Besides pixdistill it needs matplotlib and tqdm.
+It needs matplotlib and tqdm besides pixdistill.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tqdm import tqdm
 from pixdistill import L2Norm, SpatialAdaptor
 
 CHANNELS, GRID = 256, 14
-SPREADS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the pixels, relative to that of their means
+SPREADS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # deviation of pixels over that of their means
 PLAIN, ADAPTED, TRUTH = "#d1495b", "#00798c", "#20242c"
 
 
 def mocov3_head() -> nn.Sequential:
-    """The projector of MoCo v3 for ResNets: BatchNorm and ReLU after the hidden layer."""
+    """MoCo v3's projector for ResNets: BatchNorm and ReLU after the hidden layer."""
     return nn.Sequential(
         nn.Linear(CHANNELS, 512, bias=False),
         nn.BatchNorm1d(512),
@@ -44,7 +44,7 @@ def mocov3_head() -> nn.Sequential:
 
 
 def dino_head() -> nn.Sequential:
-    """DINO's: GELU between the layers, l2 normalisation, a weight-normed last layer."""
+    """DINO's head: GELU between the layers, L2 normalisation, a weight-normalised last layer."""
     return nn.Sequential(
         nn.Linear(CHANNELS, 512),
         nn.GELU(),
@@ -60,7 +60,7 @@ HEADS = {"MoCo v3": mocov3_head, "DINO": dino_head}
 
 
 def settle(head: nn.Module) -> nn.Module:
-    """Give BatchNorm the statistics of vectors like those to come, and freeze the head."""
+    """Give BatchNorm the statistics of random vectors, and freeze the head."""
     for layer in head.modules():
         if isinstance(layer, nn.BatchNorm1d):
             layer.momentum = None  # the mean over all batches so far
@@ -71,7 +71,7 @@ def settle(head: nn.Module) -> nn.Module:
 
 
 def at_every_pixel(head: nn.Module, x: Tensor) -> Tensor:
-    """The head as it is, at each pixel of `[B, C, H, W]`."""
+    """The head applied to each pixel of `[B, C, H, W]`."""
     batch, _, height, width = x.shape
     answers = head(x.movedim(1, -1).flatten(0, 2))
     return answers.unflatten(0, (batch, height, width)).movedim(-1, 1)
@@ -112,7 +112,7 @@ def draw_activation(axis: Axes, activation: nn.Module, pixels: Tensor) -> None:
 
 
 def draw_errors(axis: Axes, found: dict[str, dict[str, list[float]]]) -> None:
-    """Error of the identity against how much the pixels differ from their mean."""
+    """Error of the identity against the spread of the pixels."""
     for (head, lines), style in zip(found.items(), ("-o", "--s"), strict=True):
         for name, colour in (("plain", PLAIN), ("adaptor", ADAPTED)):
             label = f"{head} head {'at each pixel' if name == 'plain' else 'adapted'}"

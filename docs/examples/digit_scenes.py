@@ -1,7 +1,7 @@
-"""The scenes, the networks, the training and the score that the examples with digits share.
+"""Scenes, networks, training and score that the examples with digits share.
 
-Scikit-learn's bundled 8x8 digits (nothing is downloaded) are scaled, rotated and laid over each
-other on cluttered 64x64 scenes; the task is to name the digit under every pixel.
+The 8x8 digits bundled with scikit-learn (nothing is downloaded) are scaled, rotated and overlaid on
+cluttered 64x64 scenes. The task is to classify every pixel.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SCENE = 64  # pixels a side
-GLYPH = 32  # pixels a side, after enlarging the 8x8 originals once
+SCENE = 64  # pixels per side
+GLYPH = 32  # pixels per side, after enlarging the 8x8 originals once
 FRAGMENTS, DIGITS = 2, 5  # layers of a scene, bottom to top
 BACKGROUND, CLASSES = 10, 11
 BATCH = 8
@@ -27,14 +27,14 @@ PALETTE = [*("#e0e0e0" if i == 7 else f"C{i}" for i in range(10)), "#20242c"]
 
 
 class Labelled(NamedTuple):
-    """Digits [N, 32, 32] with a class each, or scenes [N, 1, 64, 64] with one for every pixel."""
+    """Digits [N, 32, 32] with one class each, or scenes [N, 1, 64, 64] with one class per pixel."""
 
     images: Tensor
     labels: Tensor
 
 
 def load_splits() -> dict[str, Labelled]:
-    """Split by digit image, so that no test scene shows handwriting seen in training."""
+    """Split by digit image, so that no digit of a test scene was seen in training."""
     raw = load_digits()
     images = torch.as_tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
     images = F.interpolate(images, size=GLYPH, mode="bicubic").clamp(0, 1).squeeze(1)
@@ -47,7 +47,7 @@ def load_splits() -> dict[str, Labelled]:
 def place_layers(count: int, generator: torch.Generator) -> Tensor:
     """Draw affine maps [count, layers, 2, 3] from the scene to each layer's glyph."""
     layers = FRAGMENTS + DIGITS
-    # A jittered 3x3 grid lets digits overlap but seldom hide each other.
+    # On a jittered 3x3 grid digits overlap but seldom hide each other.
     cells = torch.rand(count, 9, generator=generator).argsort(1)[:, :layers]
     centres = torch.stack([cells % 3, cells // 3], dim=2) * 0.6 - 0.6
     centres = centres + torch.rand(centres.shape, generator=generator) * 0.3 - 0.15
@@ -59,11 +59,11 @@ def place_layers(count: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_scenes(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
-    """Paint digits over fragments of digits over noise, later layers hiding earlier ones."""
+    """Draw digits over fragments of digits over noise; later layers hide earlier ones."""
     layers = FRAGMENTS + DIGITS
     pick = torch.randint(len(digits.labels), (count, layers), generator=generator)
     glyphs, classes = digits.images[pick], digits.labels[pick]
-    # Swapping the quarters of a digit leaves strokes of handwriting that spell nothing.
+    # Swapping the quarters of a digit leaves strokes that are not a digit.
     glyphs[:, :FRAGMENTS] = glyphs[:, :FRAGMENTS].roll((GLYPH // 2, GLYPH // 2), dims=(2, 3))
     classes[:, :FRAGMENTS] = BACKGROUND
 
@@ -75,7 +75,7 @@ def draw_scenes(digits: Labelled, count: int, generator: torch.Generator) -> Lab
     shade = torch.rand(count, layers, 1, 1, generator=generator) * 0.4 + 0.6
     images = torch.rand(count, 1, 1, generator=generator) * 0.3 + 0.15
     images = images.expand(count, SCENE, SCENE)
-    for cells in (4, 8, 16, 32):  # octaves of smooth noise make the texture
+    for cells in (4, 8, 16, 32):  # the texture: octaves of smooth noise
         noise = torch.randn(count, 1, cells, cells, generator=generator)
         images = images + 0.08 * F.interpolate(noise, size=SCENE, mode="bilinear").squeeze(1)
     labels = torch.full((count, SCENE, SCENE), BACKGROUND)
@@ -87,7 +87,7 @@ def draw_scenes(digits: Labelled, count: int, generator: torch.Generator) -> Lab
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """Convolve, normalise and rectify: the unit that both networks are made of."""
+    """Convolution, BatchNorm and ReLU: both networks consist of them."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -96,26 +96,26 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """A convolution beside a shortcut, so that depth does not slow so short a training."""
+    """A convolution with a shortcut: deep networks train faster with it."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.body = conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the convolution found to what came in."""
+        """Add the convolution's output to its input."""
         return x + self.body(x)
 
 
 class Outputs(NamedTuple):
-    """What a network makes of images: logits [B, 11, 64, 64] and features [B, C, 16, 16]."""
+    """A network's output: logits [B, 11, 64, 64] and features [B, C, 16, 16]."""
 
     logits: Tensor
     features: Tensor
 
 
 class FCN(nn.Module):
-    """Fully convolutional network; at any width its features lie on a 16x16 grid."""
+    """Fully convolutional network; its features are 16x16 at any width."""
 
     def __init__(self, stem: int, middle: int, deep: int, blocks: int, features: int):
         super().__init__()
@@ -123,7 +123,7 @@ class FCN(nn.Module):
         self.middle = nn.Sequential(conv(1, stem, 2), conv(stem, middle, 2), Residual(middle))
         self.deep = nn.Sequential(conv(middle, deep, 2), *(Residual(deep) for _ in range(blocks)))
         self.fuse = conv(middle + deep, features)
-        # Each cell answers for four blocks of pixels, as strokes are thinner than a cell.
+        # Each cell predicts four blocks of pixels, because strokes are thinner than a cell.
         self.classify = nn.Sequential(nn.Conv2d(features, 4 * CLASSES, 1), nn.PixelShuffle(2))
 
     def forward(self, images: Tensor) -> Outputs:
@@ -136,27 +136,27 @@ class FCN(nn.Module):
 
 
 def build(role: str, seed: int) -> FCN:
-    """Build the teacher or a student; the seed alone decides the initial weights."""
+    """Build the teacher or a student; the initial weights depend on the seed alone."""
     torch.manual_seed(seed)
     return FCN(24, 64, 128, 5, 64) if role == "teacher" else FCN(8, 16, 24, 3, 24)
 
 
 # From the student's channels, build a module that maps (student's outputs, teacher's outputs) to a
-# weighted scalar. Its parameters (a projector, say) train with the student and are dropped after.
+# weighted scalar. Its parameters (such as a projector) train with the student and are dropped after.
 Builder = Callable[[int], nn.Module]
-# A frozen teacher and how a student follows it.
+# A frozen teacher, and what builds the distillation loss.
 Guide = tuple[FCN, Builder] | None
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in which digits outweigh the background, or the first steps answer nothing else."""
+    """Cross-entropy with a lower weight for the background, which early training predicts everywhere."""
     weights = torch.tensor([1.0] * BACKGROUND + [0.4], device=logits.device)
     return F.cross_entropy(logits, labels, weights)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every run shares, so that two runs differ only where they are meant to."""
+    """What all runs share, so that two runs differ only where they should."""
 
     digits: Labelled
     test: Labelled
@@ -164,12 +164,12 @@ class Bench:
     amp: bool
 
     def autocast(self) -> torch.autocast:
-        """Lower the precision of the forward passes if asked to."""
+        """Mixed precision for forward passes, if asked for."""
         dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.amp)
 
     def train(self, name: str, role: str, seed: int, steps: int, guide: Guide = None) -> FCN:
-        """Train weights, on scenes, that the seed alone decides, with or without a teacher."""
+        """Train with or without a teacher; weights and scenes depend on the seed alone."""
         network = build(role, seed).to(self.device)
         modules = nn.ModuleList([network])
         if guide is not None:
@@ -177,13 +177,13 @@ class Bench:
             distill = build_loss(network.channels).to(self.device)
             modules.append(distill)
         optimizer = torch.optim.AdamW(modules.parameters(), weight_decay=1e-3)
-        # No fewer than ten, because OneCycleLR divides by the length of its phases.
+        # At least ten, because OneCycleLR divides by the length of its phases.
         length = max(steps, 10)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATES[role], length)
         scaled = self.amp and self.device.type == "cuda"
         scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=scaled)
         generator = torch.Generator().manual_seed(seed)
-        # disable=None shows the bar on a terminal only, which keeps logs readable.
+        # disable=None shows the bar on a terminal only.
         for _ in tqdm(range(steps), desc=name, unit="step", leave=False, disable=None):
             images, labels = (t.to(self.device) for t in draw_scenes(self.digits, BATCH, generator))
             with self.autocast():
@@ -201,14 +201,14 @@ class Bench:
         return network.eval().requires_grad_(False)
 
     def answer(self, network: nn.Module) -> Tensor:
-        """Name the class of every pixel of the test scenes."""
+        """Predict the class of every pixel of the test scenes."""
         with torch.no_grad(), self.autocast():
             batches = [images.to(self.device) for images in self.test.images.split(32)]
             return torch.cat([network(images).logits.argmax(1).cpu() for images in batches])
 
 
 def mean_iou(answer: Tensor, truth: Tensor) -> float:
-    """Average over the classes present the intersection over the union, in percent."""
+    """Mean over the classes that occur of intersection over union, in percent."""
     pairs = torch.bincount((truth * CLASSES + answer).flatten(), minlength=CLASSES**2)
     table = pairs.view(CLASSES, CLASSES).double()
     union = table.sum(0) + table.sum(1) - table.diagonal()

@@ -2,20 +2,19 @@
 
     python docs/examples/distill_digits.py
 
-Scikit-learn's bundled 8x8 digits (nothing is downloaded) are scaled, rotated and laid over each
-other on cluttered 64x64 scenes; the task is to name the digit under every pixel. A teacher of
-about 1M parameters is trained once. Then, for every seed, a student of about 30k parameters is
-trained twice from the same initial weights on the same batches: alone, and with a distillation
-loss (`--loss`) that ties what it computes to the teacher's, pixel by pixel. The script prints the
-mean IoU of each on scenes made only of held-out digit images, with the paired difference and a
-verdict, and draws a few of those scenes to a PNG. It takes three to four minutes on two idle CPU
-cores.
+The 8x8 digits bundled with scikit-learn (nothing is downloaded) are scaled, rotated and overlaid on
+cluttered 64x64 scenes. The task is to classify every pixel. A teacher of about 1M parameters is
+trained once. Then, for every seed, a student of about 30k parameters is trained twice from the same
+initial weights on the same batches: alone, and with a distillation loss (`--loss`) between its
+outputs and the teacher's. The script prints the mean IoU on scenes of held-out digits, the paired
+difference and a verdict, and draws some of those scenes to a PNG. It takes three to four minutes on
+two idle CPU cores.
 
-The students' training is short on purpose: what is compared is how far the same steps lead. The
-losses were tuned on other seeds and on the validation digits, where four times the steps (one
-seed, `--steps 2400`) brought the student to 56% with `pcd` and without it.
+Training is short on purpose: the comparison is at equal steps. The losses were tuned with other seeds
+on validation digits. With four times the steps (one seed, `--steps 2400`) the student reached 56%
+there, with `pcd` and without.
 
-Besides pixdistill it needs scikit-learn, matplotlib and tqdm.
+It needs scikit-learn, matplotlib and tqdm besides pixdistill.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ LOGIT_TEMPERATURE = 4.0
 
 
 class PixelContrast(nn.Module):
-    """Pixel contrast between the student's features, projected to width, and the teacher's."""
+    """Pixel contrast of the student's projected features with the teacher's."""
 
     def __init__(self, student_channels: int, teacher_channels: int, *, queued: bool = False):
         super().__init__()
@@ -72,7 +71,7 @@ class PixelContrast(nn.Module):
         self.weight = 2.0
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Score the batch before it joins the queue, so that no image is its own negative."""
+        """Compute the loss before the batch joins the queue: no image is its own negative."""
         loss = self.contrast(self.projector(student.features), teacher.features)
         if self.queue is not None:
             self.queue.enqueue_pooled(teacher.features)
@@ -80,15 +79,15 @@ class PixelContrast(nn.Module):
 
 
 class LogitMatching(nn.Module):
-    """The control of MasKD: the same distance of the logits, without masks."""
+    """The control for MasKD: the same distance of the logits, without masks."""
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Weigh the mean squared difference as the masked one."""
+        """The mean squared difference, with the weight of the masked one."""
         return MASKED_WEIGHT * F.mse_loss(student.logits, teacher.logits)
 
 
 class PatchContrast(nn.Module):
-    """Af-DCD between the student's features and the teacher's."""
+    """Af-DCD of the student's features and the teacher's."""
 
     def __init__(self, student_channels: int, teacher_channels: int):
         super().__init__()
@@ -117,7 +116,7 @@ class WithLogits(nn.Module):
         self.loss, self.weight = loss, weight
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Add the mean divergence of a pixel, at a temperature that its square makes up for."""
+        """Add the mean divergence per pixel, multiplied by the square of its temperature."""
         ours, theirs = (
             (logits.float() / LOGIT_TEMPERATURE).log_softmax(dim=1)
             for logits in (student.logits, teacher.logits)
@@ -127,25 +126,25 @@ class WithLogits(nn.Module):
 
 
 def with_logits(build_loss: Builder, weight: float) -> Builder:
-    """What builds the loss, or the loss plus the logits' term where it has a weight."""
+    """Return what builds the loss, with the logits' term where it has a weight."""
     if not weight:
         return build_loss
     return lambda channels: WithLogits(build_loss(channels), weight)
 
 
 def pixel_contrast(_: Bench, teacher: FCN, __: int, *, queued: bool = False) -> Builder:
-    """PCD asks of the teacher no more than how wide its features are."""
+    """PCD needs only the number of the teacher's channels."""
     return partial(PixelContrast, teacher_channels=teacher.channels, queued=queued)
 
 
 def masked_logits(bench: Bench, teacher: FCN, steps: int) -> Builder:
-    """MasKD first learns masks of the teacher's logits, once for all students."""
+    """MasKD learns masks of the teacher's logits first, once for all students."""
     tokens, _ = learn_tokens(bench, teacher, steps)
     return lambda _: MaskedLogits(tokens)
 
 
-# A loss joins the comparison by one entry here: given the frozen teacher, and where and for how
-# many steps to learn something about it first, return what builds the loss for a student.
+# To add a loss, add it here: a function of the bench, the frozen teacher and a number of steps (to
+# learn something about the teacher first) that returns what builds the loss for a student.
 LOSSES: dict[str, Callable[[Bench, FCN, int], Builder]] = {
     "pcd": pixel_contrast,
     "pcd-queue": partial(pixel_contrast, queued=True),
@@ -157,7 +156,7 @@ LOSSES: dict[str, Callable[[Bench, FCN, int], Builder]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """Mean IoU in percent: the teacher's, and one per seed for the student alone and distilled."""
+    """Mean IoU in percent: of the teacher, and per seed of the student alone and distilled."""
 
     loss: str
     teacher: float
@@ -166,11 +165,11 @@ class Result:
 
     @property
     def differences(self) -> list[float]:
-        """Pair the runs of each seed: they share weights and scenes, so much noise cancels."""
+        """Paired by seed: both runs share weights and scenes, so that much noise cancels."""
         return [d - a for d, a in zip(self.distilled, self.alone, strict=True)]
 
     def verdict(self) -> str:
-        """Say what the paired differences support, whichever way they fall, and no more."""
+        """State what the paired differences support, whatever their sign."""
         count, mean = len(self.differences), fmean(self.differences)
         if count < 2:
             return f"Verdict: {mean:+.2f} points on one seed, which cannot be told from noise."
@@ -180,11 +179,11 @@ class Result:
         interval = f"95% interval {mean - margin:+.2f} to {mean + margin:+.2f}"
         effect = f"{self.loss} {'raises' if mean > 0 else 'lowers'} the student's mean IoU"
         if abs(mean) <= margin:
-            effect = f"what {self.loss} changes is within noise"
+            effect = f"the effect of {self.loss} is within noise"
         return f"Paired difference: {means}.\nVerdict: {effect} ({interval})."
 
     def table(self) -> str:
-        """Lay out the scores by seed, then their mean and standard deviation."""
+        """Format the scores by seed, their mean and standard deviation."""
         columns = (self.alone, self.distilled, self.differences)
         rows: dict[str, tuple[float, ...]]
         rows = {f"seed {i}": row for i, row in enumerate(zip(*columns, strict=True))}
@@ -197,7 +196,7 @@ class Result:
 
 
 def draw_figure(test: Labelled, answers: dict[str, Tensor], path: Path) -> None:
-    """Set the first test scenes, unselected, beside the truth and each network's answer."""
+    """Draw the first test scenes, not selected, the truth and each network's prediction."""
     rows, columns = min(4, len(test.labels)), ["image", "truth", *answers]
     figure = Figure(figsize=(2.1 * len(columns), 2.3 * rows + 0.7), layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
@@ -222,7 +221,7 @@ def draw_figure(test: Labelled, answers: dict[str, Tensor], path: Path) -> None:
 
 
 def compare(options: argparse.Namespace) -> list[Result]:
-    """Train the teacher once, and every student alone and by each loss, telling the scores."""
+    """Train the teacher once, and every student alone and with each loss; print the scores."""
     splits = load_splits()
     generator = torch.Generator().manual_seed(TEST_SEED)
     test = draw_scenes(splits[options.split], options.test_scenes, generator)
@@ -230,7 +229,7 @@ def compare(options: argparse.Namespace) -> list[Result]:
     answers: dict[str, Tensor] = {}
 
     def score(title: str, name: str, *how: Any) -> tuple[FCN, float]:
-        """Train and score one network, keeping for the figure its first answers of the kind."""
+        """Train and score one network; keep the first prediction under each title for the figure."""
         start = time.perf_counter()
         network = bench.train(name, *how)
         answer = bench.answer(network)
@@ -260,11 +259,11 @@ def compare(options: argparse.Namespace) -> list[Result]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
-    """Run the comparison, print what it found and return the figures behind it."""
+    """Run the comparison, print the results and return them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--loss", choices=(*LOSSES, "all"), default="pcd", help="distillation loss (default: pcd)")
-    add("--logits", type=float, default=0.0, help="weight of a term of the logits besides (0)")
+    add("--logits", type=float, default=0.0, help="weight of an added term of the logits (0)")
     add("--seeds", type=int, default=3, help="pairs of students to train (default: 3)")
     add("--steps", type=int, default=600, help="steps of a student (default: 600)")
     add("--teacher-steps", type=int, default=1200, help="steps of the teacher (default: 1200)")

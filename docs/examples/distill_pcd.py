@@ -1,17 +1,17 @@
-"""Distil a self-supervised network into a small one, pixel by pixel, without a single label (PCD).
+"""Distil a self-supervised network into a small one, pixel by pixel, without labels (PCD).
 
     python docs/examples/distill_pcd.py
 
-Everything is learned from photographs that ship inside scikit-image and scikit-learn (nothing is
-downloaded). A teacher learns first, from two views of each crop, with a head on its pooled vector.
+All training images are photographs that are part of scikit-image and scikit-learn (nothing is
+downloaded). A teacher is trained first, on two views of each crop, with a head on its pooled vector.
 Then, for every seed, students of about 36k parameters start from the same weights and see the same
-views, and four objectives distil the frozen teacher into them: its pooled vectors only, PCD with
-the head applied to each pixel instead of the SpatialAdaptor, PCD without the MHSAPlugin, and PCD.
-What their features are worth is measured on something else: a linear probe names the digit under
-every pixel of the scenes of distill_digits.py. The script prints the mean IoU on held-out digits,
-what the differences between the objectives support, and draws a PNG.
+views. Four objectives distil the frozen teacher into them: its pooled vectors only, PCD with the head
+applied to each pixel instead of the SpatialAdaptor, PCD without the MHSAPlugin, and PCD. Their
+features are measured on another task: a linear probe classifies every pixel of the scenes of
+distill_digits.py. The script prints the mean IoU on held-out digits, states what the differences
+between the objectives support, and draws a PNG.
 
-Besides pixdistill it needs scikit-image, scikit-learn, matplotlib and tqdm.
+It needs scikit-image, scikit-learn, matplotlib and tqdm besides pixdistill.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from pixdistill import (
     unplug,
 )
 
-# Inside scikit-image's wheel, and read from there: `skimage.data.retina()` and others may download.
+# Read from scikit-image's wheel, because `skimage.data.retina()` and others may download.
 # fmt: off
 PHOTOGRAPHS = [
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
@@ -65,20 +65,20 @@ PHOTOGRAPHS = [
     "retina.jpg", "rocket.jpg", "text.png",
 ]
 # fmt: on
-TILE = 160  # pixels a side of the squares that the photographs are cut into
-VIEW = 64  # pixels a side of a view
-ZOOM = (0.3, 0.8)  # side of a view's box by that of its tile, from and to
+TILE = 160  # pixels per side of the squares that the photographs are cut into
+VIEW = 64  # pixels per side of a view
+ZOOM = (0.3, 0.8)  # range of the side of a view's box relative to that of its tile
 TEACHER_BATCH, BATCH = 48, 16
 WIDTHS = (64, 32)  # of the teacher's head, hidden and out
 QUEUE_SIZE = 1024
 TEMPERATURE = 0.2
 TEACHER_RATE, RATE = 4e-3, 4e-3
 TEACHER_SEED, SCENE_SEED = 10_000, 20_000  # apart from the students' 0, 1, 2, ...
-PROBE_GRID = 32  # places a side that the linear probe answers for
+PROBE_GRID = 32  # positions per side that the linear probe predicts
 
 
 class View(NamedTuple):
-    """Views [B, 1, 64, 64] of tiles, each of which has its corners at -1 and 1."""
+    """Views [B, 1, 64, 64] of tiles, whose corners are at -1 and 1."""
 
     images: Tensor
     centre: Tensor
@@ -88,7 +88,7 @@ class View(NamedTuple):
 
 
 def load_tiles() -> Tensor:
-    """Bring the photographs to one height in grey and cut them into squares [N, 1, 160, 160]."""
+    """Convert the photographs to grey, scale them and cut them into squares [N, 1, 160, 160]."""
     files = [Path(skimage.data.data_dir) / name for name in PHOTOGRAPHS]
     pictures = [*map(skimage.io.imread, files), *load_sample_images().images]
     tiles = []
@@ -103,18 +103,18 @@ def load_tiles() -> Tensor:
 
 
 def positions(centre: Tensor, half: Tensor, size: Sequence[int]) -> Tensor:
-    """Lay H x W cells over boxes and return their centres [B, H, W, 2]."""
+    """Centres [B, H, W, 2] of the cells of an H x W grid over each box."""
     theta = torch.cat([torch.diag_embed(half), centre.unsqueeze(2)], dim=2)
     return F.affine_grid(theta, [len(half), 1, *size], align_corners=False)
 
 
 def positions_in(other: View, view: View, size: Sequence[int]) -> Tensor:
-    """Say where in another view the cells of a view are; beyond [-1, 1] it does not show them."""
+    """Positions of a view's cells in another view; outside [-1, 1] it does not show them."""
     return positions((view.centre - other.centre) / other.half, view.half / other.half, size)
 
 
 def draw_view(tiles: Tensor, generator: torch.Generator) -> View:
-    """Crop and flip each tile, and change its light, its focus and its noise."""
+    """Crop and flip each tile, and change gamma, brightness, contrast, blur and noise."""
 
     def uniform(low: float, high: float, *size: int) -> Tensor:
         return torch.rand(len(tiles), *size, generator=generator) * (high - low) + low
@@ -134,16 +134,16 @@ def draw_view(tiles: Tensor, generator: torch.Generator) -> View:
 
 
 def draw_pairs(tiles: Tensor, batch: int, steps: int, seed: int) -> Iterator[tuple[View, View]]:
-    """Draw two views of each of some tiles, step by step, as the seed alone decides."""
+    """Draw two views of each of some tiles at every step; they depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        # Without replacement, as two copies of a tile would be each other's negatives.
+        # Without replacement: two copies of a tile would be each other's negatives.
         picked = tiles[torch.randperm(len(tiles), generator=generator)[:batch]]
         yield draw_view(picked, generator), draw_view(picked, generator)
 
 
 class Teacher(nn.Module):
-    """Convolutions down to a map [B, 64, 16, 16], and a head on its mean as SimCLR's."""
+    """Convolutions to a map [B, 64, 16, 16], and SimCLR's head on its mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,12 +155,12 @@ class Teacher(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the map, which the head is not part of."""
+        """Return the map; the head is not applied."""
         return self.body(images)
 
 
 class Student(nn.Module):
-    """A narrower and shallower network, down to a map [B, 64, 16, 16]."""
+    """A narrower and shallower network to a map [B, 64, 16, 16]."""
 
     channels = 64
 
@@ -178,13 +178,13 @@ class Student(nn.Module):
 def minimise(
     losses: Iterable[Tensor], parameters: Iterable[nn.Parameter], rate: float, steps: int, name: str
 ) -> None:
-    """Step after each loss, at a rate that warms up in a tenth of the steps and falls as a cosine."""
+    """One step per loss; warm-up in a tenth of the steps, then cosine decay."""
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-3)
-    # No fewer than 20, because OneCycleLR divides by the length of its phases.
+    # At least 20, because OneCycleLR divides by the length of its phases.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, max(steps, 20), pct_start=0.1, cycle_momentum=False
     )
-    # disable=None shows the bar on a terminal only, which keeps logs readable.
+    # disable=None shows the bar on a terminal only.
     for loss in tqdm(losses, name, steps, unit="step", leave=False, disable=None):
         optimizer.zero_grad()
         loss.backward()
@@ -214,7 +214,7 @@ def train_teacher(tiles: Tensor, steps: int) -> Teacher:
 
 
 class Objective(NamedTuple):
-    """What of PCD takes part."""
+    """Which parts of PCD are used."""
 
     dense: bool = True
     adaptor: bool = True
@@ -230,7 +230,7 @@ OBJECTIVES = {
 
 
 class Distillation(nn.Module):
-    """A student with the parts of PCD that serve it in training only."""
+    """A student with the parts of PCD that are needed in training only."""
 
     def __init__(self, objective: Objective, teacher: Teacher, pairing: str, seed: int):
         super().__init__()
@@ -251,16 +251,16 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def targets(self, teacher_map: Tensor) -> Tensor:
-        """Take the teacher's map [B, 64, 16, 16] through its head, to [B, 32, 16, 16]."""
+        """Apply the head to the teacher's map [B, 64, 16, 16]: [B, 32, 16, 16]."""
         if self.objective.adaptor:
             return self.adaptor(teacher_map)
-        # Each pixel by itself. The mean of the result is not what the head makes of the mean.
+        # To each pixel: the mean of the result is not the head's output for the mean.
         pixels = rearrange(teacher_map, "b c h w -> (b h w) c")
         height, width = teacher_map.shape[2:]
         return rearrange(self.adaptor.head(pixels), "(b h w) d -> b d h w", h=height, w=width)
 
     def loss(self, views: Sequence[View], teacher_maps: Sequence[Tensor]) -> Tensor:
-        """Compare what is predicted from each view with the teacher's targets in the other."""
+        """Compare the prediction from each view with the teacher's targets in the other."""
         targets = [self.targets(teacher_map) for teacher_map in teacher_maps]
         predictions = self(torch.cat([view.images for view in views])).chunk(2)
         losses = []
@@ -272,17 +272,17 @@ class Distillation(nn.Module):
         return (losses[0] + losses[1]) / 2
 
     def pair(self, target: Tensor, other: View, mine: View) -> tuple[Tensor, Tensor | None]:
-        """Bring the other view's targets to the cells of mine, and say which cells have one."""
+        """Resample the other view's targets at the cells of mine; the mask says which cells have one."""
         if not self.objective.dense:
             return target.mean(dim=(2, 3), keepdim=True), None
-        if self.pairing == "grid":  # as the official code: by index, whatever the two crops show
+        if self.pairing == "grid":  # as in the official code: by index, whatever the crops show
             return target, None
         grid = positions_in(other, mine, target.shape[2:])
         paired = F.grid_sample(target, grid, padding_mode="border", align_corners=False)
         return paired, (grid.abs() <= 1).all(dim=-1)
 
     def finish(self) -> Student:
-        """Take the plug-in out and leave the head behind: what remains is what is deployed."""
+        """Remove the plug-in and drop the head: the rest is deployed."""
         if self.objective.mhsa:
             unplug(self.student, "out")
         return self.student.eval().requires_grad_(False)
@@ -291,7 +291,7 @@ class Distillation(nn.Module):
 def distil(
     teacher: Teacher, tiles: Tensor, steps: int, pairing: str, seed: int
 ) -> dict[str, Distillation]:
-    """Train a student by each objective, side by side, on the same views."""
+    """Train one student per objective, on the same views."""
     runs = {name: Distillation(o, teacher, pairing, seed) for name, o in OBJECTIVES.items()}
 
     def losses() -> Iterator[Tensor]:
@@ -300,14 +300,14 @@ def distil(
                 maps = [teacher(view.images) for view in views]
             yield torch.stack([run.loss(views, maps) for run in runs.values()]).sum()
 
-    # AdamW treats every parameter by itself, so one optimizer serves all runs without mixing them.
+    # AdamW updates each parameter independently, so one optimizer can serve all runs.
     learned = [p for run in runs.values() for p in run.parameters() if p.requires_grad]
     minimise(losses(), learned, RATE, steps, f"seed {seed}")
     return {name: run.eval() for name, run in runs.items()}
 
 
 class Probe:
-    """A linear classifier on frozen features, trained and tested on scenes that all rows share."""
+    """A linear classifier on frozen features; all rows share its scenes."""
 
     def __init__(self, split: str, scenes: int, steps: int) -> None:
         splits, generator = load_splits(), torch.Generator().manual_seed(SCENE_SEED)
@@ -321,10 +321,10 @@ class Probe:
         features = self.features(network, self.train)
         step = VIEW // PROBE_GRID
         labels = self.train.labels[:, ::step, ::step]
-        # Digits outweigh the background, or a weak probe answers nothing else.
+        # With equal weights a weak probe predicts background everywhere.
         weights = torch.tensor([1.0] * BACKGROUND + [0.4])
         channels, cell = features.shape[1], PROBE_GRID // features.shape[2]
-        # Linear all the same: each cell answers for the pixels in it.
+        # Still linear: each cell predicts the pixels in it.
         classify = nn.Sequential(
             nn.BatchNorm2d(channels, affine=False),
             nn.Conv2d(channels, cell**2 * CLASSES, kernel_size=1),
@@ -352,13 +352,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Result:
-    """Mean IoU in percent of linear probes: the teacher's, and one per seed for each row."""
+    """Mean IoU in percent of linear probes: of the teacher, and per row and seed."""
 
     teacher: float
     scores: dict[str, list[float]]
 
     def table(self) -> str:
-        """Lay out each row's scores by seed, their mean and standard deviation."""
+        """Format each row's scores by seed, their mean and standard deviation."""
         seeds = range(len(self.scores["PCD"]))
         lines = [f"{'mean IoU, %':<22}" + "".join(f"{f'seed {i}':>8}" for i in seeds)]
         lines[0] += f"{'mean':>9}{'std. dev.':>11}"
@@ -370,7 +370,7 @@ class Result:
         return "\n".join(lines)
 
     def statement(self) -> str:
-        """Say what the paired differences support, whichever way they fall, and no more."""
+        """State what the paired differences support, whatever their sign."""
         lines = ["PCD minus each other row, paired by seed (95% interval of the mean):"]
         for name, others in self.scores.items():
             if name == "PCD":
@@ -389,21 +389,21 @@ class Result:
         return "\n".join([*lines, LIMITS])
 
 
-LIMITS = """Not shown: anything of other teachers, longer training or larger networks. The intervals
+LIMITS = """This says nothing about other teachers, longer training or larger networks. The intervals
 cover the students' seeds only: there is one teacher. Each line is a test of its own."""
 
 
 def draw_figure(
     result: Result, run: Distillation, teacher: Teacher, tiles: Tensor, path: Path
 ) -> None:
-    """Follow a pixel of the student through unselected views, and draw the table as bars."""
+    """Draw one pixel of the student in views that are not selected, and the table as bars."""
     one, two = next(draw_pairs(tiles, 3, 1, SCENE_SEED))
     with torch.no_grad():
         student = F.normalize(run(one.images), dim=1)
         maps = [F.normalize(run.targets(teacher(view.images)), dim=1) for view in (one, two)]
-    places = [positions_in(view, one, student.shape[2:]).flatten(1, 2) for view in (one, two)]
-    # Of the cells that are in both views the one nearest to the middle of the first.
-    cells = (places[0].norm(dim=2) + 10 * (places[1].abs().amax(dim=2) > 1)).argmin(dim=1)
+    points = [positions_in(view, one, student.shape[2:]).flatten(1, 2) for view in (one, two)]
+    # The cell nearest to the middle of the first view among those in both views.
+    cells = (points[0].norm(dim=2) + 10 * (points[1].abs().amax(dim=2) > 1)).argmin(dim=1)
 
     figure = Figure(figsize=(13, 6), layout="constrained")
     grid = figure.add_gridspec(len(cells), 5, width_ratios=(1, 1, 1, 1, 2.4))
@@ -416,7 +416,7 @@ def draw_figure(
             cosines = torch.einsum("dhw,d->hw", maps[i][row], pixel).numpy()
             shown = right.imshow(cosines, vmin=-0.5, vmax=1, **frame)
             for axis, title in ((left, f"view {i + 1}"), (right, "cosine with teacher")):
-                axis.plot(*places[i][row, cell].numpy(), "r+", markersize=11, markeredgewidth=2)
+                axis.plot(*points[i][row, cell].numpy(), "r+", markersize=11, markeredgewidth=2)
                 axis.set(xticks=[], yticks=[])
                 axis.set_title(title if row == 0 else "", fontsize=9)
         figure.colorbar(shown, ax=right)
@@ -436,7 +436,7 @@ def draw_figure(
 
 
 def compare(options: argparse.Namespace) -> Result:
-    """Train the teacher once and the students for each seed, telling each score as it comes."""
+    """Train the teacher once and the students for each seed; print each score."""
     tiles = load_tiles()
     probe = Probe(options.split, options.scenes, options.probe_steps)
     start = time.perf_counter()
@@ -467,17 +467,17 @@ def compare(options: argparse.Namespace) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
-    """Run the comparison, print what it found and return the figures behind it."""
+    """Run the comparison, print the results and return them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="students for each objective (default: 3)")
     add("--steps", type=int, default=250, help="steps of a student (default: 250)")
     add("--teacher-steps", type=int, default=200, help="steps of the teacher (default: 200)")
     add("--probe-steps", type=int, default=200, help="steps of a linear probe (default: 200)")
-    add("--scenes", type=int, default=512, help="to train a probe; half as many test it (512)")
+    add("--scenes", type=int, default=512, help="to train a probe; half as many to test it (512)")
     add("--split", choices=("test", "validation"), default="test", help="digits to score on")
-    add("--pairing", choices=("overlap", "grid"), default="overlap", help="what pixels to compare")
-    add("--quick", action="store_true", help="one seed and few steps: a look at it, no result")
+    add("--pairing", choices=("overlap", "grid"), default="overlap", help="which pixels to compare")
+    add("--quick", action="store_true", help="one seed and few steps, too short for a result")
     add("--output", type=Path, default=Path("distill_pcd.png"), help="where the PNG goes")
     options = parser.parse_args(argv)
     if options.quick:

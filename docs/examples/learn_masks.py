@@ -1,16 +1,16 @@
-"""Learn which pixels of a teacher's map matter, look at them, and distil through them (MasKD).
+"""Learn which pixels of a teacher's map matter, draw them, and distil through them (MasKD).
 
     python docs/examples/learn_masks.py
 
-A segmentation network learns scenes of handwritten digits and is frozen; it is the teacher of
-distill_digits.py. Then tokens learn masks of its logits: what shows through the masks, added up,
-must still name the digits, while the masks must differ. The tokens are saved and loaded again, as
-the official code does it, and a small student is trained twice, alone and with its logits tied to
-the teacher's where the masks are. This is the segmentation variant of MasKD. A PNG shows the masks
-over scenes of held-out digits, one column a token, and how they came about.
+The teacher is that of distill_digits.py, a segmentation network that is trained on scenes of
+handwritten digits and frozen. Then tokens learn masks of its logits: the sum of the masked logits must
+still classify the digits, while the masks must differ. The tokens are saved and loaded in the official
+format. A small student is trained twice: alone, and with the masked distance between its logits and
+the teacher's. This is the segmentation variant of MasKD. A PNG shows the masks over scenes of held-out
+digits, one column per token, and the losses over time.
 
-It trains one student; `distill_digits.py --loss maskd` compares several. Besides pixdistill it
-needs scikit-learn, matplotlib and tqdm, and a few minutes on a CPU.
+It trains one student; `distill_digits.py --loss maskd` compares several. It takes a few minutes on a
+CPU, and needs scikit-learn, matplotlib and tqdm besides pixdistill.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from pixdistill import MaskedDistillationLoss, MaskedReceptiveTokens
 NUM_TOKENS = 6
 MASK_STEPS = 100
 MASK_RATE = 1e-2
-MASKED_WEIGHT = 0.5  # as the official code
+MASKED_WEIGHT = 0.5  # as in the official code
 
 
 class MaskLoss(NamedTuple):
-    """What the tokens were trained on at one step."""
+    """The tokens' training losses at one step."""
 
     task: float
     diversity: float
@@ -58,10 +58,10 @@ class MaskLoss(NamedTuple):
 def learn_tokens(
     bench: Bench, teacher: FCN, steps: int = MASK_STEPS, num_tokens: int = NUM_TOKENS
 ) -> tuple[MaskedReceptiveTokens, list[MaskLoss]]:
-    """Learn tokens that let the frozen teacher answer from what they show of its logits."""
+    """Learn tokens whose masked logits still classify the scenes."""
     torch.manual_seed(TEACHER_SEED)
     tokens = MaskedReceptiveTokens(CLASSES, num_tokens, weighted=False).to(bench.device)
-    # Wider than the official start, from which one mask comes to cover all and the others nothing.
+    # Wider than the official start, from which one mask covers everything and the others nothing.
     nn.init.normal_(tokens.mask_token, std=0.5)
     optimizer = torch.optim.Adam(tokens.parameters(), lr=MASK_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -82,14 +82,14 @@ def learn_tokens(
 
 
 class MaskedLogits(nn.Module):
-    """The distance between the student's logits and the teacher's, where the masks are."""
+    """The masked distance of the student's logits from the teacher's."""
 
     def __init__(self, tokens: MaskedReceptiveTokens | nn.ModuleList):
         super().__init__()
         self.distance = MaskedDistillationLoss(tokens)
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Weigh the distance."""
+        """The weighted distance."""
         return MASKED_WEIGHT * self.distance(student.logits, teacher.logits)
 
 
@@ -101,7 +101,7 @@ def draw_figure(
     history: list[MaskLoss],
     path: Path,
 ) -> None:
-    """Lay each token's mask over the first test scenes, unselected, above the losses over time."""
+    """Draw each token's mask over the first test scenes, not selected, and the losses over time."""
     rows = min(4, len(test.images))
     images = test.images[:rows]
     masks = tokens.masks(teacher(images.to(tokens.mask_token.device)).logits).cpu()
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--num-tokens", type=int, default=NUM_TOKENS, help=f"masks to learn ({NUM_TOKENS})")
     add("--test-scenes", type=int, default=256, help="scenes to score on (default: 256)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="default: CUDA where there is one")
+    add("--device", default=device, help="default: CUDA if available")
     add("--masks", type=Path, default=Path("masks.pth"), help="where the tokens go")
     add("--output", type=Path, default=Path("learn_masks.png"), help="where the PNG goes")
     options = parser.parse_args(argv)
