@@ -66,8 +66,9 @@ class PixelContrast(nn.Module):
         super().__init__()
         self.projector = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
         self.queue = PixelQueue(QUEUE_SIZE, teacher_channels) if queued else None
-        negatives = None if queued else "batch"
-        self.contrast = PixelContrastLoss(temperature=0.1, negatives=negatives, queue=self.queue)
+        self.contrast = PixelContrastLoss(
+            temperature=0.1, negatives=None if queued else "batch", queue=self.queue
+        )
         self.weight = 2.0
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
