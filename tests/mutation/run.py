@@ -1,26 +1,27 @@
-"""Does some test notice each fault of `faults.py`? Each is made in a copy of the tree and tested there.
+"""Break the package on purpose, one fault of faults.py at a time: does some test notice it?
 
-    python tests/mutation.py                       # all of them, two at a time
-    python tests/mutation.py --only "queue wrap"   # those whose line has both words
+A fault is a piece of code within a function, compared token by token: layout and comments do not
+matter, and `$name` stands for any identifier (the same one wherever it occurs). A fault whose piece is
+not found exactly once is reported as stale, and hinders no other.
 
-The tests of every fault run first without it: what fails anyway would prove nothing. A fault is caught
-when a test fails or its process crashes; also when the tests do not end within the limit, which is
-reported apart. The exit status counts the faults that no test noticed.
+Tools such as mutmut or cosmic-ray make thousands of faults blindly, most of which change nothing that
+matters, and run the whole suite for each. These are mistakes that an expert makes, and each names a
+test that takes seconds.
 """
 
 import argparse
+import ast
 import contextlib
 import importlib
-import json
+import io
 import os
-import platform
-import shlex
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -30,77 +31,127 @@ import torch
 from faults import FAULTS, Fault
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TREE = ("pixdistill", "tests", "benchmarks", "docs", "pyproject.toml", "README.md")
-
 # Loaded once, before the processes that run tests are forked. Nothing of this repository.
 COMMON = ("torch._dynamo.testing", "torch.distributed.fsdp", "hypothesis", "numpy", "einops")
+LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT}
+ANY = "ANY__"  # stands for `$`, which is not Python
 
 
-class Job(NamedTuple):
-    """Tests to run, with a fault or without one."""
-
-    tests: str
-    fault: Fault | None
+class StaleError(Exception):
+    """The code of a fault is not found, or not once."""
 
 
-class Record(NamedTuple):
-    """How the tests of a job ended."""
+class Token(NamedTuple):
+    """A token, and where it stands in its text."""
 
-    job: Job
-    outcome: str  # "passed", "failed", "crashed", "timed out" or "not run"
-    by: str  # the first test that failed
-    log: str
-    """The end of pytest's output."""
+    text: str
+    start: int
+    end: int
+
+
+def tokens_of(text: str) -> list[Token]:
+    """All but layout."""
+    lines = [0]
+    for line in text.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+    found = []
+    with contextlib.suppress(tokenize.TokenError):  # a piece of code may end inside brackets
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            start, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+            if token.type not in LAYOUT and start < end:
+                found.append(Token(token.string, start, end))
+    return found
+
+
+def span_of(source: str, where: str) -> tuple[int, int]:
+    """The part of a file that a function or class takes, by its qualified name; "" for the file."""
+    scope, lines = [ast.parse(source)], source.splitlines(keepends=True)
+    for name in filter(None, where.split(".")):
+        scope = [
+            inner
+            for outer in scope
+            for inner in ast.walk(outer)
+            if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and inner.name == name
+        ]
+    if len(scope) != 1:
+        raise StaleError(f"{len(scope)} places are called {where}")
+    if not where:
+        return 0, len(source)
+    first = min([scope[0].lineno, *(each.lineno for each in scope[0].decorator_list)])
+    return len("".join(lines[: first - 1])), len("".join(lines[: scope[0].end_lineno]))
+
+
+def matched(wanted: Sequence[Token], found: Sequence[Token]) -> dict[str, str] | None:
+    """What each `$name` stands for, or None where the tokens differ."""
+    names: dict[str, str] = {}
+    for ours, theirs in zip(wanted, found, strict=True):
+        if ours.text.startswith(ANY) and theirs.text.isidentifier():
+            if names.setdefault(ours.text, theirs.text) != theirs.text:
+                return None
+        elif ours.text != theirs.text:
+            return None
+    return names
+
+
+def broken(source: str, fault: Fault) -> str:
+    """The file with the fault in it."""
+    begin, end = span_of(source, fault.where)
+    if source.count(fault.text, begin, end) == 1:  # literally, inside a string too
+        place = source.index(fault.text, begin, end)
+        return source[:place] + fault.faulty + source[place + len(fault.text) :]
+    tokens = [token for token in tokens_of(source) if begin <= token.start < end]
+    wanted = tokens_of(fault.text.strip().replace("$", ANY))
+    windows = (tokens[i : i + len(wanted)] for i in range(len(tokens) - len(wanted) + 1))
+    places = [(w, names) for w in windows if (names := matched(wanted, w)) is not None]
+    if len(places) != 1:
+        raise StaleError(f"its code is found {len(places)} times")
+    place, names = places[0]
+    faulty = re.sub(r"\$\w+", lambda name: names[name[0].replace("$", ANY)], fault.faulty)
+    return source[: place[0].start] + faulty + source[place[-1].end :]
 
 
 class Copy:
-    """A copy of the tree, in which one job at a time runs, in a process group of its own."""
+    """A copy of the tree, in which one fault at a time is tested, in a process group of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log = folder.with_suffix(".log")
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        self.fault: Fault | None = None
         folder.mkdir()
         for name in TREE:
-            source = ROOT / name
-            if source.is_dir():
+            if (ROOT / name).is_dir():
                 ignored = shutil.ignore_patterns("__pycache__", "_build")
-                shutil.copytree(source, folder / name, ignore=ignored)
+                shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
-                shutil.copy(source, folder / name)
-        self.job: Job | None = None
+                shutil.copy(ROOT / name, folder / name)
 
-    def start(self, job: Job) -> None:
-        """Write the fault, and run the tests."""
-        self.job, self.began = job, time.monotonic()
-        if job.fault is not None:
-            text = (ROOT / job.fault.file).read_text()
-            if text.count(job.fault.text) != 1:
-                raise ValueError(f"its text must occur exactly once: {job.fault}")
-            faulty = text.replace(job.fault.text, job.fault.faulty)
-            (self.folder / job.fault.file).write_text(faulty)
+    def start(self, fault: Fault) -> None:
+        """Write the fault, and run its tests."""
+        source = (ROOT / fault.file).read_text()
+        (self.folder / fault.file).write_text(broken(source, fault))
+        self.fault, self.began = fault, time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
-            _run_tests(self.folder, self.log, job.tests)
+            _run_tests(self.folder, self.log, fault)
 
-    def poll(self, limit: float) -> Record | None:
-        """What came out, with the fault undone; None while the tests run."""
-        assert self.job is not None
-        seconds = time.monotonic() - self.began
+    def poll(self, limit: float) -> str | None:
+        """How the tests ended, with the fault undone; None while they run."""
+        assert self.fault is not None
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        late = pid == 0 and seconds > limit
+        late = pid == 0 and time.monotonic() - self.began > limit
         if pid == 0 and not late:
             return None
         self.kill()  # ranks of a distributed test may be left
         if late:
             os.waitpid(self.pid, 0)
-        job, self.job = self.job, None
-        if job.fault is not None:
-            shutil.copy(ROOT / job.fault.file, self.folder / job.fault.file)
-        lines = self.log.read_text(errors="replace").splitlines()
-        by = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR tests"))]
-        outcome = "timed out" if late else _outcome(os.waitstatus_to_exitcode(status))
-        return Record(job, outcome, by[0] if by else "", "\n".join(lines[-20:]))
+        shutil.copy(ROOT / self.fault.file, self.folder / self.fault.file)
+        self.fault = None
+        if late:
+            return "caught by the time limit"
+        code = os.waitstatus_to_exitcode(status)
+        known = {0: "SURVIVED", 1: "caught", 2: "caught at import"}
+        return "caught by a crash" if code < 0 else known.get(code, "NOT RUN")
 
     def kill(self) -> None:
         """End the tests, with all processes that they have started."""
@@ -108,113 +159,84 @@ class Copy:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def _run_tests(folder: Path, log: Path, tests: str) -> NoReturn:
-    """pytest in a forked process that has the common modules, and imports the rest from the copy."""
+def _run_tests(folder: Path, log: Path, fault: Fault) -> NoReturn:
+    """The test that is known to notice the fault; if it does not, or is gone, all of its files."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(folder)
-    away = (str(ROOT), str(ROOT / "tests"))
-    sys.path[:] = [str(folder), *(path for path in sys.path if path not in away)]
+    sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = str(folder)
-    options = ["-n", "0", "-x", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider"]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is loaded already
+    options = "-n0 -xq -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning".split()
+    files = {fault.test.split("::")[0], "tests/test_every_loss.py"}
     code: int = 3
     try:
-        code = pytest.main([*options, *shlex.split(tests)])
-    except BaseException:
-        traceback.print_exc()
+        for tests in ({fault.test}, files):
+            code = int(pytest.main([*options, *tests]))
+            if code in (1, 2):
+                break
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 
-def _outcome(code: int) -> str:
-    """Of pytest's exit status; a negative one is a signal."""
-    known = {0: "passed", pytest.ExitCode.TESTS_FAILED: "failed"}
-    known |= {pytest.ExitCode.INTERRUPTED: "failed"}  # the faulty file cannot be imported
-    return "crashed" if code < 0 else known.get(code, "not run")
-
-
-def run(jobs: Sequence[Job], copies: Sequence[Copy], limit: float) -> Iterator[Record]:
-    """All jobs, as many at a time as there are copies; in the order in which they end."""
-    waiting = list(reversed(jobs))
+def run(
+    faults: Sequence[Fault], copies: Sequence[Copy], limit: float
+) -> Iterator[tuple[Fault, str]]:
+    """Every fault and how its tests ended, as many at a time as there are copies."""
+    waiting, running = list(reversed(faults)), {}
     try:
-        while waiting or any(copy.job for copy in copies):
+        while waiting or running:
             for copy in copies:
-                if copy.job is not None and (record := copy.poll(limit)) is not None:
-                    yield record
-                if copy.job is None and waiting:
-                    copy.start(waiting.pop())
+                if copy in running and (outcome := copy.poll(limit)) is not None:
+                    yield running.pop(copy), outcome
+                if copy not in running and waiting:
+                    running[copy] = waiting.pop()
+                    copy.start(running[copy])
             time.sleep(0.02)
     finally:  # interrupted
-        for copy in copies:
-            if copy.job is not None:
-                copy.kill()
+        for copy in running:
+            copy.kill()
 
 
 def main() -> int:
-    """Run, print and save; the number of faults that no test noticed."""
+    """Print what survives and what is stale; the number of survivors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-j", "--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--only", default="", help="words that the line of a fault must have")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of a fault")
-    parser.add_argument(
-        "--output", type=Path, help="JSON file to write, such as tests/mutation.json"
-    )
+    parser.add_argument("--limit", type=float, default=600, help="seconds for the tests of a fault")
+    parser.add_argument("--check", action="store_true", help="only look for the places")
     arguments = parser.parse_args()
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every `finally`
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on every machine
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    chosen, stale = [], 0
+    for fault in FAULTS:
+        if all(word in " ".join(fault) for word in arguments.only.split()):
+            try:
+                ast.parse(broken((ROOT / fault.file).read_text(), fault))
+                chosen.append(fault)
+            except (StaleError, SyntaxError, FileNotFoundError) as error:
+                stale += 1
+                print(f"stale: {fault.file}, {fault.where}: {fault.what}: {error}")
+    print(f"{len(chosen)} faults have a place, {stale} are stale")
+    if arguments.check or not chosen:
+        return 0
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a stale .pyc would hide a fault of the same size
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
     for name in COMMON:
         importlib.import_module(name)
-    words = arguments.only.split()
-    chosen = [fault for fault in FAULTS if all(word in " ".join(fault) for word in words)]
-    if not chosen:
-        parser.error(f"no fault has the words {arguments.only!r}")
+    survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copies = [Copy(Path(folder) / str(number)) for number in range(arguments.jobs)]
-        clean = [Job(tests, None) for tests in dict.fromkeys(fault.tests for fault in chosen)]
-        for record in tqdm(run(clean, copies, 2 * arguments.limit), "without", len(clean)):
-            if record.outcome != "passed":
-                print(f"{record.outcome} without a fault: {record.job.tests}\n{record.log}")
-                return len(chosen)
-        records = []
-        jobs = [Job(fault.tests, fault) for fault in chosen]
-        for record in (bar := tqdm(run(jobs, copies, arguments.limit), "with", len(jobs))):
-            records.append(record)
-            if record.outcome in ("passed", "not run"):
-                bar.write(f"{record.outcome}: {record.job.fault}")
-    return report(records, arguments.output)
-
-
-def report(records: Sequence[Record], output: Path | None) -> int:
-    """Print the score and the survivors, and write them; the number of survivors."""
-    came = {record.job.fault: record for record in records}
-    rows = [
-        {"file": fault.file, "kind": fault.kind, "what": fault.what}
-        | {"outcome": came[fault].outcome, "by": came[fault].by}
-        for fault in FAULTS
-        if fault in came
-    ]
-    survivors = [row for row in rows if row["outcome"] in ("passed", "not run")]
-    late = [row for row in rows if row["outcome"] == "timed out"]
-    caught = len(rows) - len(survivors)
-    print(f"{caught} of {len(rows)} faults caught, {len(late)} of them by the time limit")
-    for row in survivors:
-        print(f"survived: {row['file']}: {row['what']} ({row['kind']}, {row['outcome']})")
-    if output is not None:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        counts = {"faults": len(rows), "caught": caught, "timed_out": len(late)}
-        output.write_text(json.dumps({**versions, **counts, "records": rows}, indent=1) + "\n")
-    return len(survivors)
+        results = run(chosen, copies, arguments.limit)
+        for fault, outcome in (bar := tqdm(results, total=len(chosen))):
+            if not outcome.startswith("caught"):
+                survived += 1
+                bar.write(f"{outcome}: {fault.file}, {fault.where}: {fault.what}")
+    print(f"{len(chosen) - survived} of {len(chosen)} faults caught; {stale} stale")
+    return survived
 
 
 if __name__ == "__main__":
