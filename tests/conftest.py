@@ -5,7 +5,13 @@ import os
 import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():
+# What PyTorch wants of CUDA's matrix products in deterministic mode, before the first of them.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if torch.cuda.is_available():
+    # TF32 is tested in the kernels. In a convolution before them it would move a ReLU or a maximum to
+    # another side, and a gradient with it.
+    torch.backends.cudnn.allow_tf32 = False
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the suite is parallel by processes

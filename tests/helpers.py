@@ -27,10 +27,11 @@ def python_blocks(markdown: str) -> list[str]:
 
 
 def run(*command: str, env: dict[str, str] | None = None, folder: Path = ROOT) -> str:
-    """Output of a fresh interpreter in a folder, without Triton's interpreter or a process group."""
+    """Output of a fresh interpreter in a folder, on the CPU, without Triton's interpreter."""
     gone = {"TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK"}
     clean = {name: value for name, value in os.environ.items() if name not in gone}
-    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    clean |= env or {}
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,

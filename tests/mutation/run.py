@@ -168,7 +168,8 @@ def _run_tests(folder: Path, log: Path, fault: Fault) -> NoReturn:
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = str(folder)
-    options = "-n0 -xq -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning".split()
+    quiet = "-Wignore::pytest.PytestAssertRewriteWarning"  # hypothesis is loaded already
+    options = ["-n0", "-xq", "-pno:cacheprovider", quiet]
     files = {fault.test.split("::")[0], "tests/test_every_loss.py"}
     code: int = 3
     try:
