@@ -1,7 +1,7 @@
 """Draw what the five modules do with a student's and a teacher's map.
 
-`python docs/examples/draw_overview.py` writes docs/overview.png, the picture of the README. Its maps
-and masks are made for the drawing: it shows who meets whom, and measures nothing.
+`python docs/examples/draw_overview.py` writes docs/overview.png, the picture in README. Maps and masks
+are invented: the picture shows what is compared with what, and measures nothing.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 INK, GREY, RULE = "#1f2933", "#52606d", "#cbd2d9"
 STUDENT, TEACHER = "#2b6cb0", "#b7791f"
 POSITIVE, NEGATIVE = "#2e7d32", "#d1495b"
-WIDTH, HEIGHT = 460, 508  # points, the unit of every number here: a phone shows two thirds of them
+WIDTH, HEIGHT = 460, 508  # points, as are all lengths below; a phone shows two thirds of the width
 CELLS = 8
-PIXEL = (3, 5)  # row and column of the student's pixel that is followed
+PIXEL = (3, 5)  # row and column of the student's pixel that is drawn
 
 Place = tuple[float, float, float]
 """Left, bottom and side of a square."""
@@ -35,7 +35,7 @@ def field(seed: int) -> np.ndarray:
 
 
 def draw_map(axis: Axes, values: np.ndarray, colour: str, place: Place, sheets: int = 1) -> None:
-    """A map, as the front one of some sheets; cells that are NaN stay white."""
+    """A map, in front of some sheets; cells that are NaN stay white."""
     left, bottom, side = place
     for sheet in range(sheets - 1, 0, -1):
         corner = (left + 5 * sheet, bottom + 5 * sheet)
@@ -55,7 +55,7 @@ def frame(axis: Axes, place: Place, colour: str, width: float = 2.2) -> None:
 
 
 def cell(place: Place, row: int, column: int, cells: int = 1) -> Place:
-    """The square of some cells of a map, the first at this row and column from the top left."""
+    """The square of `cells` x `cells` cells of a map; row and column count from the top left."""
     left, bottom, side = place
     size = side / CELLS
     return left + column * size, bottom + side - (row + cells) * size, cells * size
@@ -94,26 +94,26 @@ def draw_top(axis: Axes) -> None:
     ):
         draw_map(axis, field(seed), colour, place, sheets=3)
         axis.text(place[0], 487, words, color=colour, weight="bold", fontsize=13, va="bottom")
-    here = cell(student, *PIXEL)
+    anchor = cell(student, *PIXEL)
     for row, column in ((0, 1), (1, 6), (2, 2), (5, 1), (6, 4), (7, 7), (0, 4), (4, 0)):
-        line(axis, here, cell(student, row, column), INK, 0.9)
-    frame(axis, here, INK)
+        line(axis, anchor, cell(student, row, column), INK, 0.9)
+    frame(axis, anchor, INK)
     head = (teacher[0] + 134, teacher[1], teacher[2] / CELLS)
     for i in range(CELLS):
         entry = (head[0], head[1] + i * head[2])
         axis.add_patch(Rectangle(entry, head[2], head[2], facecolor=TEACHER, alpha=0.5, ec="white"))
     for row, column in ((1, 2), (3, 5), (6, 4)):
-        here = cell(teacher, row, column)
-        line(axis, here, (head[0] - 3, head[1] + 46, 0), INK, 0.9, "-|>")
-        frame(axis, here, INK, 1.4)
+        anchor = cell(teacher, row, column)
+        line(axis, anchor, (head[0] - 3, head[1] + 46, 0), INK, 0.9, "-|>")
+        frame(axis, anchor, INK, 1.4)
     axis.text(head[0] + 17, head[1] + 46, "head", color=INK, fontsize=11.5, va="center")
-    title(axis, 10, 370, "MHSAPlugin", "each of its pixels sees", "all the others", number=1)
-    lines = ("the teacher's vector head,", "on every pixel")
+    title(axis, 10, 370, "MHSAPlugin", "each pixel attends to", "all others", number=1)
+    lines = ("applies the teacher's vector", "head to every pixel")
     title(axis, 240, 370, "SpatialAdaptor", *lines, number=2)
 
 
 def draw_losses(axis: Axes) -> None:
-    """The three losses, a row each: the student's map, what is compared, the teacher's map."""
+    """The three losses, one per row: the student's map, what is compared, the teacher's map."""
     axis.plot([10, WIDTH - 10], [310, 310], color=RULE, lw=1)
     rows = [((10.0, y, 72.0), (114.0, y, 72.0)) for y in (226.0, 132.0, 38.0)]
     generator = np.random.default_rng(1)
@@ -121,15 +121,15 @@ def draw_losses(axis: Axes) -> None:
     student, teacher = rows[0]
     draw_map(axis, field(3), STUDENT, student)
     draw_map(axis, field(8), TEACHER, teacher)
-    here, there = cell(student, *PIXEL), cell(teacher, *PIXEL)
+    anchor, positive = cell(student, *PIXEL), cell(teacher, *PIXEL)
     for row, column in ((0, 1), (1, 4), (6, 2), (7, 6), (5, 0)):
-        line(axis, here, cell(teacher, row, column), NEGATIVE, 0.9)
+        line(axis, anchor, cell(teacher, row, column), NEGATIVE, 0.9)
         frame(axis, cell(teacher, row, column), NEGATIVE, 1.4)
-    line(axis, here, there, POSITIVE, 2)
-    frame(axis, here, POSITIVE)
-    frame(axis, there, POSITIVE)
-    words = ("each pixel nearer to the teacher's", "pixel at its place than to all others:")
-    title(axis, 204, 298, "PixelContrastLoss", *words, "of the batch, or of a queue", number=3)
+    line(axis, anchor, positive, POSITIVE, 2)
+    frame(axis, anchor, POSITIVE)
+    frame(axis, positive, POSITIVE)
+    words = ("each pixel closer to the teacher's at", "its position than to all others, of")
+    title(axis, 204, 298, "PixelContrastLoss", *words, "the batch or of a queue", number=3)
 
     student, teacher = rows[1]
     rings = np.hypot(*(np.indices((CELLS, CELLS)) - np.array([3.2, 4.4])[:, None, None]))
@@ -137,7 +137,7 @@ def draw_losses(axis: Axes) -> None:
     draw_map(axis, np.where(mask, field(3), np.nan), STUDENT, student)
     draw_map(axis, np.where(mask, field(8), np.nan), TEACHER, teacher)
     axis.text(98, student[1] + 36, "\u2212", color=INK, fontsize=18, ha="center", va="center")
-    words = ("squared distance where learned", "masks say that the teacher looks")
+    words = ("squared error, weighted by learned", "masks of the teacher's map")
     title(axis, 204, 204, "MaskedDistillationLoss", *words, "(MaskedReceptiveTokens)", number=4)
 
     student, teacher = rows[2]
@@ -148,15 +148,15 @@ def draw_losses(axis: Axes) -> None:
     for place in rows[2]:
         for row, column in itertools.product((0, 4), (0, 4)):
             frame(axis, cell(place, row, column, cells=4), INK, 0.9)
-    here, there = cell(student, *PIXEL), cell(teacher, *PIXEL)
+    anchor, positive = cell(student, *PIXEL), cell(teacher, *PIXEL)
     for row, column in ((0, 4), (0, 6), (1, 7), (2, 4), (2, 6), (3, 7)):
-        line(axis, here, cell(teacher, row, column), NEGATIVE, 0.9)
+        line(axis, anchor, cell(teacher, row, column), NEGATIVE, 0.9)
         frame(axis, cell(teacher, row, column), NEGATIVE, 1.4)
-    line(axis, here, there, POSITIVE, 2)
-    frame(axis, here, POSITIVE)
-    frame(axis, there, POSITIVE)
-    words = ("a student with most pixels hidden is", "rebuilt, and contrasted inside patches")
-    title(axis, 204, 110, "AfDCDLoss", *words, "of pixels and channel groups", number=5)
+    line(axis, anchor, positive, POSITIVE, 2)
+    frame(axis, anchor, POSITIVE)
+    frame(axis, positive, POSITIVE)
+    words = ("reconstructs a masked student, and", "contrasts it inside patches of pixels")
+    title(axis, 204, 110, "AfDCDLoss", *words, "and groups of channels", number=5)
 
     for left, colour, meaning in (
         (10, POSITIVE, "pulled together"),
