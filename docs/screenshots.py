@@ -1,12 +1,12 @@
-"""Look at every page of the built site in a headless browser, at the width of a desk and of a phone.
+"""Take pictures of every page of the built site in a headless browser, and check the pages.
 
-`python docs/screenshots.py HTML_FOLDER OUTPUT_FOLDER` serves the folder on 127.0.0.1, takes a picture
-of each whole page in each view, and fails with a list where a page is wider than its window, a
-picture or a formula is missing, the console shows an error, a link between the pages is dead, or the
-search finds nothing. It uses the Chromium of the system, or the one that `--browser` names.
+`python docs/screenshots.py HTML_FOLDER OUTPUT_FOLDER` serves the folder on 127.0.0.1 and opens each page
+at the width of a desk, in dark mode and at the width of a phone. It fails with a list where a page is
+wider than its window, a picture or a formula is missing, the console shows an error, a link between
+pages is dead, or the search finds nothing. It uses the system's Chromium, or that of `--browser`.
 
-Formulas are set by MathJax from its site. Where that cannot be reached, `npm install mathjax@4` and
-`--npm node_modules` let local files stand in for it.
+MathJax is loaded from its site. Where that cannot be reached, use `npm install mathjax@4` and
+`--npm node_modules`.
 """
 
 import argparse
@@ -30,10 +30,10 @@ VIEWS: dict[str, dict[str, Any]] = {
     "phone": {"viewport": {"width": 390, "height": 844}},
 }
 SEARCHES = ("PixelQueue", "temperature")
-TIMEOUT = 120_000  # milliseconds: a busy machine is no fault of a page
+TIMEOUT = 120_000  # milliseconds: a busy machine is not a fault of a page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
-# What a page shows of itself. Formulas that MathJax has not replaced are bare text, or an error.
+# Facts about a page. Formulas that MathJax has not replaced are bare text, or an error.
 LOOK = """async () => { await window.MathJax?.startup?.promise; return {
     excess: document.documentElement.scrollWidth - window.innerWidth,
     beyond: [...document.querySelectorAll("main *, article *")]
@@ -50,7 +50,7 @@ LOOK = """async () => { await window.MathJax?.startup?.promise; return {
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: what is missing is found by the page that asks for it."""
+        """Log nothing: the page that asks for a missing file reports it."""
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def look(page: Page, address: str, picture: Path) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong on a page, and its links and anchors; the picture of it is written."""
+    """Write the picture of a page; return its problems, and its links and anchors."""
     problems: list[str] = []
 
     def on_console(message: Any) -> None:
@@ -104,7 +104,7 @@ def dead_links(root: str, folder: Path, seen: dict[str, dict[str, Any]]) -> Iter
 
 
 def empty_searches(page: Page, root: str, words: Sequence[str]) -> Iterator[str]:
-    """Words that the search of the site does not find."""
+    """Words that the site's search does not find."""
     for word in words:
         page.goto(f"{root}search.html?q={quote(word)}")
         try:
@@ -114,8 +114,9 @@ def empty_searches(page: Page, root: str, words: Sequence[str]) -> Iterator[str]
 
 
 def survey(folder: Path, output: Path, browser: str, npm: Path | None) -> list[str]:
-    """Everything that is wrong with the site; the pictures are in `output`, a folder each view."""
-    names = sorted(path.name for path in folder.glob("*.html"))
+    """All problems of the site; pictures go to one folder per view in `output`."""
+    pages = [*folder.glob("*.html"), *folder.glob("generated/*.html")]
+    names = sorted(path.relative_to(folder).as_posix() for path in pages)
     problems: list[str] = []
     with served(folder) as root, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
@@ -150,7 +151,7 @@ def _from_npm(npm: Path, route: Route) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Look at the site; the exit status is 1 if anything is wrong."""
+    """Check the site; the exit status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("html", type=Path, help="folder that Sphinx wrote")
     parser.add_argument("output", type=Path, help="folder for the pictures")

@@ -25,7 +25,7 @@ def test_receptive_field_smoke(tmp_path):
 
 
 def test_receptive_field_measures_cost():
-    """Every setting, in one process: the script itself starts one for each, which takes long."""
+    """All settings in one process: the script starts one per setting, which takes long."""
     code = """
 import sys
 sys.path.insert(0, "docs/examples")
@@ -56,7 +56,7 @@ def test_distill_digits_smoke(tmp_path):
 
 
 def test_distill_pcd_smoke(tmp_path):
-    """Two seeds by places that overlap, with intervals; one by the index of the cell."""
+    """Two seeds with pairs by overlap, with intervals; one seed with pairs by index."""
     picture = tmp_path / "pcd.png"
     sizes = ("--steps", "2", "--teacher-steps", "2", "--probe-steps", "2", "--scenes", "16")
     for seeds, pairing in (("2", "overlap"), ("1", "grid")):

@@ -1,6 +1,6 @@
-"""What the pages say: examples that run, commands that exist, figures that were measured.
+"""What the pages state: examples run, commands exist, figures were measured.
 
-`test_package.py` runs the programs of the pages; `test_trainers.py` those of "In your trainer".
+`test_code_on_the_pages_runs` runs all programs but those of "In your trainer" (`test_trainers.py`).
 """
 
 import doctest
@@ -20,13 +20,13 @@ import pixdistill.functional
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOOLS = {"pip", "pytest", "sphinx", "build", "twine", "coverage", "venv"}
-"""Modules of others that pages call by `python -m`."""
+"""Modules of other projects that pages call by `python -m`."""
 THEIRS = {"train.py"}
-"""Files of the reader's."""
+"""Files that the reader writes."""
 
 
 def documented_modules() -> list[str]:
-    """Every module whose import needs neither a GPU's compiler nor a command line."""
+    """All modules that can be imported without Triton and are not a program."""
     files = (ROOT / "pixdistill").rglob("*.py")
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     return sorted(n for n in names if not n.endswith((".triton_kernels", ".__main__", ".__init__")))
@@ -45,7 +45,7 @@ def test_examples_in_docstrings_run():
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command on a page: lines of `text` blocks, and code that begins as one."""
+    """The words of every command on a page, in `text` blocks and in code."""
     blocks = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
@@ -60,7 +60,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def sources_of(words: list[str]) -> str:
-    """The code that reads a command's options; empty for a tool of others."""
+    """The source that reads a command's options; empty for tools of other projects."""
     if words[1:3] == ["-m", "benchmarks"]:
         names = [*words[3:4], "report"] if len(words) > 3 and words[3].isidentifier() else ["*"]
         files = [
@@ -186,7 +186,7 @@ FIGURES = {
     ),
     "whole `AfDCDLoss`": ("af_dcd", {"part": "loss", "pool": 4}, ("plain", "ours: torch")),
 }
-"""Rows of README's table: how they begin, and which records of which file they show."""
+"""Rows of README's table: their beginning, and which records of which file they show."""
 
 
 @pytest.mark.parametrize("row", FIGURES)
