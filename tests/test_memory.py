@@ -17,12 +17,15 @@ MIB = 2**20
 
 def contrast_with_queue():
     """4096 pixels and 4096 keys, a mask and components: one matrix of logits is 64 MiB."""
-    loss = pixdistill.PixelContrastLoss(
-        negatives=("queue", "batch"), queue=pixdistill.PixelQueue(4096, 16)
-    )
+    loss = pixdistill.PixelContrastLoss(queue=pixdistill.PixelQueue(4096, 16))
     student, teacher = (torch.randn(1, 16, 64, 64) for _ in range(2))
     valid = torch.rand(1, 64, 64) > 0.2
-    return lambda: loss(student.requires_grad_(), teacher, valid_mask=valid).backward()
+
+    def call():
+        parts = loss(student.requires_grad_(), teacher, valid_mask=valid, return_components=True)
+        parts.loss.backward()
+
+    return call
 
 
 def row_lse():
