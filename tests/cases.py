@@ -241,13 +241,19 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     widths = (ALL[name].width, WIDTH) if name in LOSSES else (ALL[name].width,)
     shapes = [(batch, channels, height, width) for channels in widths]
-    return tuple(torch.randn(*s, generator=generator).to(dtype) for s in shapes)
+    made = (torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes)
+    return tuple(x.to(dtype) for x in made)
 
 
 def some_valid(batch: int = 2, height: int = 6, width: int = 5) -> Tensor:
     """A mask of about two thirds of the pixels."""
     generator = torch.Generator().manual_seed(3)
     return torch.rand(batch, height, width, generator=generator) < 0.66
+
+
+def cotangent(result: Tensor, generator: torch.Generator) -> Tensor:
+    """Fixed numbers, whatever the default dtype is."""
+    return torch.randn(result.shape, generator=generator, dtype=torch.float32).to(result)
 
 
 def outcome(module: nn.Module, *maps: Tensor, valid: Tensor | None = None) -> Result:
@@ -263,10 +269,7 @@ def outcome(module: nn.Module, *maps: Tensor, valid: Tensor | None = None) -> Re
     results = module(first, *(x.to(device) for x in maps[1:]), **options)
     results = [results] if isinstance(results, Tensor) else list(results)
     generator = torch.Generator().manual_seed(4)
-    combined = sum(
-        (r * torch.randn(r.shape, generator=generator).to(r)).sum() if r.dim() else r
-        for r in results
-    )
+    combined = sum((r * cotangent(r, generator)).sum() if r.dim() else r for r in results)
     leaves = [first, *(p for p in module.parameters() if p.requires_grad)]
     grads = torch.autograd.grad(combined, leaves, allow_unused=True, materialize_grads=True)
     values = torch.cat([result.detach().flatten().cpu() for result in results])

@@ -29,6 +29,8 @@ from helpers import (
     relative_error,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import pixdistill
 from pixdistill import (
@@ -58,6 +60,9 @@ PENDING = {
     ),
     "test_integers_may_be_of_numpy": ("MaskedDistillationLoss", "MHSAPlugin"),
     "test_pairs_may_be": ("AfDCDLoss",),
+    "test_an_axis_of_size_zero": (
+        *(f"1-{b}-contrast, {n}" for b in BACKENDS for n in ("batch", "image")),
+    ),
     "test_a_mapping_for_a_map_is_named": ("masked",),
 }
 """Tests, and their cases, that wait for the rewriting of a module. Delete what passes; empty in the end.
@@ -235,6 +240,21 @@ def test_nothing_to_compare_is_zero_attached_to_the_graph(name, backend, what):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
+@loss_names
+@backends
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_an_axis_of_size_zero_is_named_or_gives_zero(name, backend, axis):
+    student, teacher = (x.narrow(axis, 0, 0).to(device_of(backend)) for x in inputs(name))
+    try:
+        value = build(name, backend)(student.requires_grad_(), teacher)
+    except ValueError as error:
+        if "student" not in str(error) and "teacher" not in str(error):
+            raise
+    else:
+        value.backward()
+        assert float(value.detach()) == 0
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_an_empty_batch_of_maps(name):
     if name == "PixelHead":
@@ -284,6 +304,106 @@ def test_the_teacher_never_gets_a_gradient(name, backend):
     assert teacher.grad is None
     assert all(parameter.grad is None for parameter in frozen)
     assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
+
+
+@loss_names
+def test_a_teacher_that_is_the_student_is_detached(name):
+    """Self-distillation: the same tensor on both sides."""
+    if ALL[name].width != WIDTH:
+        pytest.skip("has maps of two widths")
+    (student, _), grads = inputs(name), []
+    for teacher in (student.requires_grad_(), student.detach().clone()):
+        (grad,) = torch.autograd.grad(build(name)(student, teacher), student)
+        grads.append(grad)
+    assert torch.equal(*grads)
+
+
+@loss_names
+@backends
+def test_backward_twice_and_scaled(name, backend):
+    """Nothing that backward needs is changed by it, and gradients are linear in the cotangent."""
+    loss = build(name, backend)
+    student, teacher = (x.to(device_of(backend)) for x in inputs(name))
+    value = loss(student.requires_grad_(), teacher, valid_mask=some_valid().to(student.device))
+    leaves = [student, *(p for p in loss.parameters() if p.requires_grad)]
+    once, twice = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
+    tripled = torch.autograd.grad(3 * value, leaves)
+    for first, second, third in zip(once, twice, tripled, strict=True):
+        assert torch.equal(first, second)
+        assert_close(third, 3 * first, 1e-6)
+
+
+@loss_names
+def test_parameters_of_a_loss_train_with_a_frozen_student(name):
+    loss, (student, teacher) = build(name), inputs(name)
+    value = loss(student, teacher)
+    expected = outcome(build(name), student, teacher).grads[1:]
+    assert value.requires_grad == bool(expected)
+    if expected:
+        value.backward()
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    for parameter, grad in zip(trained, expected, strict=True):
+        assert_close(parameter.grad, grad, 1e-6)
+
+
+@loss_names
+@backends
+def test_teacher_and_mask_may_come_from_inference_mode(name, backend):
+    plainly = outcome(build(name, backend), *inputs(name), valid=some_valid())
+    loss, device = build(name, backend), device_of(backend)
+    with torch.inference_mode():
+        teacher, valid = inputs(name)[1].to(device, copy=True), some_valid().to(device, copy=True)
+    student = inputs(name)[0].to(device).requires_grad_()
+    value = loss(student, teacher, valid_mask=valid)
+    value.backward()
+    assert_close(value, plainly.value.squeeze(), 1e-6)
+    assert_close(student.grad, plainly.grads[0], 1e-6)
+
+
+@loss_names
+@backends
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_map_that_is_overwritten_before_backward_is_refused_or_kept(name, backend, side):
+    """Never a wrong gradient."""
+    plainly = outcome(build(name, backend), *inputs(name))
+    leaf, teacher = (x.to(device_of(backend)) for x in inputs(name))
+    maps = [leaf.requires_grad_() * 1, teacher.clone()]
+    value = build(name, backend)(*maps)
+    with torch.no_grad():
+        maps[side].mul_(2)
+    try:
+        value.backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    else:
+        assert_close(leaf.grad, plainly.grads[0], float32_tolerance(backend))
+
+
+@loss_names
+@backends
+@pytest.mark.parametrize(
+    ("student_dtype", "teacher_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_teacher_may_have_another_dtype(name, backend, student_dtype, teacher_dtype):
+    loss = build(name, backend, student_dtype)
+    student, teacher = inputs(name)
+    student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
+    ours = outcome(loss, student, teacher)
+    exact = build(name, dtype=student_dtype).cpu().double()
+    truth = plain(name, exact, student.double(), teacher.double())
+    coarse = max(torch.finfo(d).eps for d in (student_dtype, teacher_dtype))
+    tolerance = max(float32_tolerance(backend), 8 * coarse)
+    assert ours.grads[0].dtype == student_dtype
+    assert_close(ours.value, truth[0], tolerance)
+    assert_close(ours.grads[0], truth[1][0], 20 * tolerance)
 
 
 @loss_names
@@ -405,8 +525,9 @@ class Trained(nn.Module):
 
 
 @loss_names
-def test_components_come_through_ddp(name):
-    """Through its `forward`, so that it averages the gradients of the loss's own parameters."""
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_components_come_through_wrappers(name, wrapper):
+    """Through their `forward`, so that gradients of the loss's own parameters are averaged."""
 
     def step(model):
         parts = model(*inputs(name), return_components=True)
@@ -416,7 +537,13 @@ def test_components_come_through_ddp(name):
     expected, expected_grads = step(Trained(name))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parts, grads = step(nn.parallel.DistributedDataParallel(Trained(name)))
+        if wrapper == "DDP":
+            model = nn.parallel.DistributedDataParallel(Trained(name))
+        else:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            model = fully_shard(Trained(name), mesh=mesh)
+        parts, grads = step(model)
+        grads = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
     finally:
         dist.destroy_process_group()
     assert type(parts) is type(expected)
@@ -528,7 +655,33 @@ def test_half_modules_keep_their_integers(name, dtype):
     assert relative_error(ours.value, outcome(module, *inputs(name)).value) < 0.1
 
 
-# --- Determinism and fake tensors -----------------------------------------------------------------
+# --- Surroundings ---------------------------------------------------------------------------------
+
+
+@all_names
+def test_the_default_dtype_does_not_matter(name):
+    module, twin = build(name), build(name)
+    plainly = outcome(module, *inputs(name))
+    maps = inputs(name)
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours = outcome(twin, *maps)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours.value.dtype == torch.float32
+    assert_same(ours, plainly, 1e-6)
+
+
+@all_names
+def test_exports(name):
+    module, maps = build(name), inputs(name)
+    with fresh_compiler():
+        program = torch.export.export(module, maps, strict=False)
+    expected, ours = build(name)(*maps), program.module()(*maps)
+    for one, other in zip(
+        *((r,) if isinstance(r, Tensor) else r for r in (ours, expected)), strict=True
+    ):
+        assert_close(one, other, 1e-5)
 
 
 @all_names
