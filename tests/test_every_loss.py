@@ -42,6 +42,7 @@ from pixdistill import (
     PixelHead,
     PixelQueue,
     SpatialAdaptor,
+    functional,
 )
 
 loss_names = pytest.mark.parametrize("name", LOSSES)
@@ -60,6 +61,9 @@ PENDING = {
     ),
     "test_integers_may_be_of_numpy": ("MaskedDistillationLoss", "MHSAPlugin"),
     "test_pairs_may_be": ("AfDCDLoss",),
+    "test_modules_name": ("PixelHead", "MHSAPlugin", "SpatialAdaptor", "PixelQueue"),
+    "test_functions_name": ("_loss", "patch_lse", "token_masks", "mask_", "pooled_", "float8-row"),
+    "test_every_public_function": ("",),
     "test_an_axis_of_size_zero": (
         *(f"1-{b}-contrast, {n}" for b in BACKENDS for n in ("batch", "image")),
     ),
@@ -1092,6 +1096,101 @@ def test_masks_of_other_shapes_are_named(name, shape):
 def test_every_argument_but_the_maps_is_by_keyword(name):
     with pytest.raises(TypeError):
         build(name)(*inputs(name), some_valid())
+
+
+# --- Errors of modules and functions --------------------------------------------------------------
+
+ONE_INPUT = {
+    **{name: lambda x, name=name: build(name)(x) for name in MODULES},
+    "PixelQueue.enqueue": lambda x: PixelQueue(8, WIDTH).enqueue(x),
+    "PixelQueue.enqueue_pooled": lambda x: PixelQueue(8, WIDTH).enqueue_pooled(x),
+}
+"""Everything that takes one tensor."""
+
+
+def input_of(name):
+    return inputs("masked")[1][:, :, 0, 0] if name == "PixelQueue.enqueue" else inputs("masked")[1]
+
+
+def argument_of(function):
+    return next(each for each in inspect.signature(function).parameters if each != "self")
+
+
+ARGUMENTS = {
+    **{name: argument_of(type(build(name)).forward) for name in MODULES},
+    "PixelQueue.enqueue": argument_of(PixelQueue.enqueue),
+    "PixelQueue.enqueue_pooled": argument_of(PixelQueue.enqueue_pooled),
+}
+one_input = pytest.mark.parametrize("name", ONE_INPUT)
+
+
+@one_input
+@pytest.mark.parametrize("what", [*TYPES, "mapping", "array"])
+def test_modules_name_what_is_no_floating_point_tensor(name, what):
+    change = TYPES | {"mapping": lambda x: {"out": x}, "array": lambda x: x.numpy()}
+    wrong = change[what](input_of(name))
+    with pytest.raises(TypeError) as caught:
+        ONE_INPUT[name](wrong)
+    message = str(caught.value)
+    assert message.startswith(ARGUMENTS[name])
+    assert (str(wrong.dtype) if what in TYPES else type(wrong).__name__) in message
+
+
+@one_input
+@pytest.mark.parametrize("what", ["other channels", "no batch", "channels last", "tokens"])
+def test_modules_name_the_shape_they_want(name, what):
+    if name == "PixelQueue.enqueue" and what in ("channels last", "tokens"):
+        pytest.skip("takes vectors")
+    x, argument = input_of(name), ARGUMENTS[name]
+    changes = {
+        "other channels": lambda: x[:, :NARROW],
+        "no batch": lambda: x[0],
+        "channels last": lambda: x.movedim(1, -1),
+        "tokens": lambda: x.flatten(2).mT,
+    }
+    wrong = changes[what]()
+    with pytest.raises(ValueError, match=argument) as caught:
+        ONE_INPUT[name](wrong)
+    message = str(caught.value)
+    assert str(tuple(wrong.shape)) in message
+    assert str(WIDTH) in message
+    remedies = {
+        "channels last": f"{argument}.permute(0, 3, 1, 2)",
+        "tokens": f"tokens_to_map({argument}, grid=(H, W))",
+    }
+    assert remedies.get(what, "") in message
+
+
+FUNCTIONS = {
+    "pixel_contrast_loss": lambda f, x: f(x.flatten(1), input_of("").flatten(1)),
+    "masked_distillation_loss": lambda f, x: f(x, input_of(""), input_of("").sigmoid()),
+    "af_dcd_loss": lambda f, x: f(
+        x, input_of(""), num_groups=4, patch_size=1, pool_size=None, **WEIGHTS
+    ),
+    "row_lse": lambda f, x: f(x.flatten(1), input_of("").flatten(1), 1.0),
+    "patch_lse": lambda f, x: f(x, input_of(""), num_groups=4, patch_size=1, temperature=0.5),
+    "token_masks": lambda f, x: f(x, torch.randn(3, WIDTH)),
+    "mask_diversity": lambda f, x: f(x),
+    "pooled_convolution": lambda f, x: f(x, torch.randn(4, WIDTH, 3, 3), torch.randn(4)),
+}
+WEIGHTS = {"mimic_weight": 1.0, "contrast_weight": 1.0}
+
+
+def test_every_public_function_is_listed():
+    assert set(FUNCTIONS) == {name for name in vars(functional) if not name.startswith("_")}
+    assert all(hasattr(getattr(functional, name), "__doc__") for name in FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("what", TYPES)
+def test_functions_name_other_dtypes(name, what):
+    function = getattr(functional, name)
+    FUNCTIONS[name](function, input_of(name))
+    wrong = TYPES[what](input_of(name))
+    with pytest.raises(TypeError) as caught:
+        FUNCTIONS[name](function, wrong)
+    assert str(caught.value).startswith(argument_of(function))
+    assert str(wrong.dtype) in str(caught.value)
 
 
 # --- Nothing waits for the GPU --------------------------------------------------------------------
