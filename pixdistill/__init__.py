@@ -6,7 +6,6 @@ with warnings.catch_warnings():  # torch warns where NumPy is absent, which is n
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch as torch
 
-from ._head_layers import L2Norm as L2Norm
 from .af_dcd import AfDCDComponents as AfDCDComponents
 from .af_dcd import AfDCDLoss as AfDCDLoss
 from .masked_distillation import MaskedDistillationComponents as MaskedDistillationComponents
@@ -21,6 +20,7 @@ from .pixel_head import PixelHead as PixelHead
 from .pixel_head import tokens_to_map as tokens_to_map
 from .pixel_queue import PixelQueue as PixelQueue
 from .receptive_tokens import MaskedReceptiveTokens as MaskedReceptiveTokens
+from .spatial_adaptor import L2Norm as L2Norm
 from .spatial_adaptor import SpatialAdaptor as SpatialAdaptor
 
 __version__ = "0.1.0"

@@ -65,6 +65,13 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     return height, width
 
 
+def sizes(name: str, value: Any, *, most: int) -> tuple[int, ...]:
+    """A sequence of one to `most` integers, each at least 1."""
+    if not _is_sequence(value) or not 1 <= len(value) <= most:
+        raise TypeError(f"{name} must be a sequence of 1 to {most} ints; got {value!r}")
+    return tuple(integer(name, size) for size in value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False, and not a string that says so."""
     if not isinstance(value, bool):
@@ -82,23 +89,29 @@ def choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
 # --- Tensors --------------------------------------------------------------------------------------
 
 
-def floating(name: str, tensor: Any) -> None:
+def tensor(name: str, value: Any, *, module: str = "") -> None:
+    """A tensor. `module` is the class to name as a leaf where torch.fx traces the call."""
+    if isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be a tensor; got a {type(value).__name__} with keys {list(value)}. "
+            f"Pass one of its maps, such as {name}[{next(iter(value), 'out')!r}]."
+        )
+    if isinstance(value, torch.fx.Proxy):
+        raise TypeError(
+            f"{name} must be a tensor; got a torch.fx.Proxy. Trace with {module or 'the module'} as "
+            'a leaf: create_feature_extractor(..., tracer_kwargs={"leaf_modules": '
+            f"[{module or '...'}]}})."
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
+def floating(name: str, value: Any, *, module: str = "") -> None:
     """A tensor of one of the four floating-point dtypes that the losses compute with."""
-    if isinstance(tensor, Mapping):
+    tensor(name, value, module=module)
+    if value.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"{name} must be a tensor; got a {type(tensor).__name__} with keys {list(tensor)}. "
-            f"Pass one of its maps, such as {name}[{next(iter(tensor), 'out')!r}]."
-        )
-    if isinstance(tensor, torch.fx.Proxy):
-        raise TypeError(
-            f"{name} must be a tensor; got a torch.fx.Proxy. Trace with the module as a leaf: "
-            'create_feature_extractor(..., tracer_kwargs={"leaf_modules": [...]}).'
-        )
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}. "
+            f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "
             f"Convert it, for example {name}.float()."
         )
 
@@ -118,21 +131,18 @@ def maps(student: Tensor, teacher: Tensor) -> None:
     )
 
 
-def map_2d(name: str, tensor: Tensor, channels: int | None = None, remedy: str = "") -> None:
+def map_2d(
+    name: str, value: Tensor, channels: int | None = None, remedy: str = "", *, module: str = ""
+) -> None:
     """A map `[B, C, H, W]` with at least one pixel, of `channels` channels if given."""
-    floating(name, tensor)
-    shape = tuple(tensor.shape)
-    flat = len(shape) != 4 or shape[2] < 1 or shape[3] < 1
-    if not flat and (channels is None or shape[1] == channels):
-        return
-    if len(shape) == 3:
-        remedy = f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
-    elif len(shape) == 4 and shape[3] == channels:
-        remedy = f"For [B, H, W, C], write {name}.permute(0, 3, 1, 2)."
-    wanted = "C" if channels is None else channels
-    raise ValueError(
-        f"{name} must have shape [B, {wanted}, H, W], H and W at least 1; got {shape}. {remedy}".rstrip()
-    )
+    floating(name, value, module=module)
+    _map(name, value, channels, range(4, 5), "H, W], H and W at least 1", remedy)
+
+
+def map_nd(name: str, value: Tensor, channels: int | None = None, *, module: str = "") -> None:
+    """The same for maps `[B, C, *spatial]` with one to three spatial axes."""
+    floating(name, value, module=module)
+    _map(name, value, channels, range(3, 6), "*spatial] with one to three axes of at least 1")
 
 
 def same_pixels(name: str, tensor: Tensor, teacher: Tensor) -> None:
@@ -249,6 +259,22 @@ def swapped(student: Tensor, teacher: Tensor) -> None:
 # --- Remedies -------------------------------------------------------------------------------------
 
 
+def _map(
+    name: str, value: Tensor, channels: int | None, dims: range, axes: str, remedy: str = ""
+) -> None:
+    shape, last = tuple(value.shape), value.dim() - 1
+    fits = value.dim() in dims and (channels is None or channels == shape[1])
+    if fits and min(shape[2:]) >= 1:
+        return
+    if last == 2 and (channels is None or channels == shape[2]):
+        remedy = f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
+    elif last + 1 in dims and channels == shape[-1]:
+        remedy = f"For a channels-last map, write {name}.permute{(0, last, *range(1, last))}."
+    wanted = "C" if channels is None else channels
+    text = f"{name} must have shape [B, {wanted}, {axes}; got {shape}. {remedy}"
+    raise ValueError(text.rstrip())
+
+
 def _remedy(student: Tensor, teacher: Tensor, *, channels: bool = True) -> str:
     """What would really bring two maps together: it depends on the axis that differs."""
     s, t = tuple(student.shape), tuple(teacher.shape)
@@ -302,6 +328,8 @@ def _real(name: str, value: Any) -> float:
 
 
 def _index(name: str, value: Any, wanted: str) -> int:
+    if type(value) is int:  # operator.index would specialise a size that torch.compile keeps open
+        return value
     if not isinstance(value, (bool, Tensor)):
         try:
             return operator.index(value)

@@ -2,9 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from . import _checks
@@ -12,15 +11,15 @@ from .spatial_adaptor import SpatialAdaptor
 
 
 class PixelHead(nn.Module):
-    """The student's projector, and a predictor of the same shape after it, on maps `[B, C, H, W]`.
+    """The student's projector and predictor, on maps `[B, C, H, W] -> [B, D, H, W]`.
 
-    Each of the two is, for every hidden width, a 1x1 convolution, BatchNorm2d and ReLU, and then a
-    1x1 convolution with bias. It is trained with the student and dropped afterwards.
+    Both have the same shape: for every hidden width a 1x1 convolution, BatchNorm2d and ReLU, then a
+    1x1 convolution with bias. The head is trained with the student and dropped afterwards.
 
     Args:
-        in_channels: of the student's map.
+        in_channels: C, of the student's map.
         hidden: the hidden width, or one for each hidden layer; `()` for none.
-        out_channels: of the teacher's adapted map.
+        out_channels: D, of the teacher's map.
         predictor: False leaves the predictor out.
 
     Raises:
@@ -28,6 +27,10 @@ class PixelHead(nn.Module):
 
     Source: the student's heads of the official code, for MoCo v3
     `PixelHead(in_channels, 4096, 256)`: in -> 4096 -> 256 -> 4096 -> 256.
+
+    Example:
+        >>> PixelHead(64, 128, 32)(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 32, 7, 7])
     """
 
     def __init__(
@@ -38,15 +41,14 @@ class PixelHead(nn.Module):
         *,
         predictor: bool = True,
     ) -> None:
-        _checks.integer("in_channels", in_channels)
-        _checks.integer("out_channels", out_channels)
-        _checks.flag("predictor", predictor)
-        hidden = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-        for width in hidden:
-            _checks.integer("hidden", width)
         super().__init__()
-        self.projector = _mlp(in_channels, *hidden, out_channels)
-        self.predictor = _mlp(out_channels, *hidden, out_channels) if predictor else nn.Identity()
+        inputs = _checks.integer("in_channels", in_channels)
+        outputs = _checks.integer("out_channels", out_channels)
+        widths = hidden if isinstance(hidden, Iterable) else [hidden]
+        between = [_checks.integer("hidden", width) for width in widths]
+        _checks.flag("predictor", predictor)
+        self.projector = _mlp(inputs, *between, outputs)
+        self.predictor = _mlp(outputs, *between, outputs) if predictor else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, H, W] -> [B, out_channels, H, W]`"""
@@ -56,7 +58,11 @@ class PixelHead(nn.Module):
     def like(
         cls, adaptor: SpatialAdaptor, in_channels: int, *, predictor: bool = True
     ) -> "PixelHead":
-        """The head for a student of `in_channels`, with the widths of the teacher's adapted head."""
+        """The head for a student of `in_channels`, with the widths of the teacher's adapted head.
+
+        All widths are copied. A last layer of thousands of prototypes is wide: adapt the teacher's
+        head without it, or write the widths out.
+        """
         if not isinstance(adaptor, SpatialAdaptor):
             raise TypeError(f"adaptor must be a SpatialAdaptor; got {type(adaptor).__name__}")
         if not adaptor.widths:
@@ -65,33 +71,33 @@ class PixelHead(nn.Module):
 
 
 def tokens_to_map(tokens: Tensor, grid: Sequence[int], *, prefix_tokens: int = 1) -> Tensor:
-    """The patch tokens of a ViT as a map: `[B, P + H*W, C] -> [B, C, H, W]`, without a copy.
+    """The patch tokens of a ViT as a map: `[B, P + H*W, C] -> [B, C, H, W]`, a view.
 
     Args:
-        tokens: in row-major order of the grid, after `prefix_tokens` others.
+        tokens: P other tokens, then the patches, row by row.
         grid: (H, W), or one or three sizes. It is never guessed: 16 tokens may be 4 x 4 or 8 x 2.
-        prefix_tokens: P, how many tokens to drop: one for a class token, more with registers.
+        prefix_tokens: P, the number of tokens to drop: 1 for a class token, more with registers.
 
     Raises:
         ValueError: if the number of tokens is not P + H*W.
+
+    Example:
+        >>> tokens_to_map(torch.randn(2, 1 + 6 * 8, 48), grid=(6, 8)).shape
+        torch.Size([2, 48, 6, 8])
     """
-    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens must have shape [B, N, C]; got {got}")
-    if not isinstance(grid, Sequence) or not 1 <= len(grid) <= 3:
-        raise TypeError(
-            f"grid must be a sequence of one to three sizes, such as (H, W); got {grid!r}"
-        )
-    for size in grid:
-        _checks.integer("grid", size)
-    if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int) or prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens must be an int of at least 0; got {prefix_tokens!r}")
-    if tokens.shape[1] != prefix_tokens + math.prod(grid):
+    _checks.tensor("tokens", tokens)
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must have shape [B, N, C]; got {tuple(tokens.shape)}")
+    grid = _checks.sizes("grid", grid, most=3)
+    prefix_tokens = _checks.integer("prefix_tokens", prefix_tokens, minimum=0)
+    patches, count = math.prod(grid), tokens.shape[1]
+    if count != prefix_tokens + patches:
+        fits = f". prefix_tokens={count - patches} would fit" if count >= patches else ""
         raise ValueError(
             f"tokens must hold {prefix_tokens} + {' x '.join(map(str, grid))} = "
-            f"{prefix_tokens + math.prod(grid)} tokens; got {tokens.shape[1]}"
+            f"{prefix_tokens + patches} tokens; got {count}{fits}"
         )
-    return rearrange(tokens[:, prefix_tokens:], "b n c -> b c n").unflatten(2, tuple(grid))
+    return tokens[:, prefix_tokens:].mT.unflatten(2, grid)
 
 
 def _mlp(*widths: int) -> nn.Sequential:
