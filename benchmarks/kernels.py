@@ -1,31 +1,30 @@
-"""Compile every entry of the launch tables for real GPUs, without one, and report what came out.
+"""Compile the kernels of real calls for real GPUs, without one, and report what came out.
 
-`python -m benchmarks kernels` prints registers, spills, shared memory, programs per multiprocessor
-and tensor-core instructions for each. Nothing runs: Triton compiles ahead of time, and the `cuobjdump`
-that it ships reads the binary.
+The operators are called with tensors that have no data, on a GPU that does not exist; what they would
+launch is compiled for it, exactly as there. `python -m benchmarks kernels` prints registers, spills,
+shared memory, programs per multiprocessor and tensor-core instructions of each kernel. Nothing runs.
 """
 
 import argparse
-import itertools
+import functools
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import types
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from pixdistill.ops.patch_lse import launch as patch_launch
-from pixdistill.ops.patch_lse import triton_kernels as patch_kernels
-from pixdistill.ops.row_lse import launch as row_launch
-from pixdistill.ops.row_lse import triton_kernels as row_kernels
-
-from . import report
+from . import gauges
+from .kernel_calls import OPERATORS, Call, calls
+from .sheet import RESULTS, as_json, table
 
 # Registers, shared memory (bytes) and warps of a multiprocessor, and shared memory of one program.
 LIMITS = {
@@ -33,257 +32,205 @@ LIMITS = {
     "sm_86": (65536, 100 * 1024, 48, 99 * 1024),
     "sm_90": (65536, 228 * 1024, 64, 227 * 1024),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DIVISIBLE = [["tt.divisibility", 16]]
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132}
 
 
-@dataclass(frozen=True)
-class Build:
-    """What Triton needs to know of a specialisation."""
+class Launch(NamedTuple):
+    """One launch of a kernel: arguments by name, tensors without data."""
 
     kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    aligned: set[str]  # integers that are multiples of 16
-    options: dict[str, int]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    compiled: Any
 
 
-@dataclass(frozen=True)
-class RowCase:
-    """One specialisation of a kernel of `row_lse`, as the launcher would ask for it."""
-
-    kernel: str  # "row_lse" or "row_lse_grad_keys"
-    arch: str
-    dtype: str  # Triton's name: "bf16", "fp16", "fp32"
-    width: int
-    flags: frozenset[str] = field(default_factory=frozenset)
-
-    @property
-    def launch(self) -> row_launch.Launch:
-        if self.kernel == "row_lse_grad_keys":
-            return row_launch.GRAD_KEYS_LAUNCH[max(64, row_launch.padded_width(self.width))]
-        return row_launch.launch_of(
-            self.arch, DTYPES[self.dtype], self.width, "WITH_MAX" in self.flags
-        )
-
-    @property
-    def tile(self) -> str:
-        return f"{self.launch.BN}x{self.launch.BM} w{self.launch.warps} s{self.launch.stages}"
-
-    def build(self) -> Build:
-        kernel = getattr(row_kernels, f"{self.kernel}_kernel")
-        launch = self.launch
-        types = dict.fromkeys(("query", "keys", "weighted_keys", "grad_keys"), f"*{self.dtype}")
-        types |= dict.fromkeys(("scale", "lse", "max_logit", "grad_rows"), "*fp32")
-        constants = {"BN": launch.BN, "BM": launch.BM, "PRECISION": "tf32"}
-        constants |= {"BD": row_launch.padded_width(self.width)}
-        constants |= dict.fromkeys(("stride_qd", "stride_kd", "stride_mm"), 1)
-        flags = ("SUBTRACT_MAX", "HAS_MASK", "EXCLUDE", "WITH_KEY", "WITH_MAX")
-        constants |= {flag: flag in self.flags for flag in flags if flag in kernel.arg_names}
-        aligned = {"N", "M", "D", "stride_qg", "stride_qn", "stride_kg", "stride_km"}
-        options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        return Build(kernel, types | {"key_mask": "*u8"}, constants, aligned, options)
+# --- A GPU that does not exist --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PatchCase:
-    """One specialisation of the kernel of `patch_lse`: patch x patch pixels of this many groups.
+@functools.cache
+def pretend(arch: str) -> list[Launch]:
+    """Let this process take itself for a machine with such a GPU; its launches go into the list.
 
-    The flag ALIGNED stands for maps of whole runs of 16 numbers; without it, any strides are meant.
+    It cannot be undone.
     """
+    import triton
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
 
-    arch: str
-    dtype: str
-    groups: int
-    width: int
-    patch: int
-    flags: frozenset[str]
-    kernel: str = "patch_lse"
+    from pixdistill.ops import backend
 
-    @property
-    def launch(self) -> patch_launch.Launch:
-        vectors = self.groups * self.patch**2
-        aligned, wide = "ALIGNED" in self.flags, "WIDE" in self.flags
-        return patch_launch.launch_of(self.width, vectors, aligned, wide)
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    major, minor = int(arch[3:-1]), int(arch[-1])
+    facts = types.SimpleNamespace(
+        multi_processor_count=MULTIPROCESSORS[arch], major=major, minor=minor, name=arch
+    )
+    cuda: Any = torch.cuda
+    cuda.get_device_capability = lambda *_: (major, minor)
+    cuda.get_device_properties = lambda *_: facts
+    cuda._exchange_device = cuda._maybe_exchange_device = lambda _: 0
+    driver: Any = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", int(arch[3:]), 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+    )
+    triton.runtime.driver.set_active(driver)
+    backend._without_data = lambda: False  # else operators launch nothing for such tensors
+    launches: list[Launch] = []
+    compile_and_launch = JITFunction.run
 
-    @property
-    def tile(self) -> str:
-        return f"{self.launch.BD}x{self.launch.BN} w{self.launch.warps} r{self.launch.registers}"
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs)
+        bound = self.signature.bind(
+            *args, **{k: v for k, v in kwargs.items() if k in self.arg_names}
+        )
+        options = {k: v for k, v in kwargs.items() if k not in self.arg_names}
+        launches.append(Launch(self, bound.arguments, options, compiled))
+        return compiled
 
-    def build(self) -> Build:
-        launch = self.launch
-        types = dict.fromkeys(("student", "teacher", "grad"), f"*{self.dtype}")
-        types |= {"valid": "*u8", "margin": "*fp32", "scale": "fp32"}
-        constants = {"P": self.patch, "Q": self.patch, "BD": launch.BD, "BN": launch.BN}
-        flags = ("L2", "OTHER_GROUPS", "HAS_VALID", "WITH_GRAD", "WIDE")
-        constants |= {flag: flag in self.flags for flag in flags}
-        constants |= {"PADDED": self.width != launch.BD}
-        kernel = patch_kernels.strided_kernel
-        if "ALIGNED" in self.flags:
-            kernel = patch_kernels.aligned_kernel
-            constants |= dict.fromkeys(("stride_sw", "stride_tw"), 1)
-        # of sizes and strides, the compiler learns what the launcher lets it specialise on
-        aligned = {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize}
-        aligned -= constants.keys() | types.keys()
-        options = {"num_warps": launch.warps, "num_stages": 1, "maxnreg": launch.registers}
-        return Build(kernel, types, constants, aligned, options)
-
-
-Case = RowCase | PatchCase
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the assembler made of a case."""
-
-    registers: int
-    spills: int
-    shared: int
-    programs: int
-    tensor_core: int
+    JITFunction.run = run
+    FakeTensorMode().__enter__()
+    _Indexing().__enter__()
+    return launches
 
 
-def cases(archs: tuple[str, ...] = ("sm_80", "sm_90")) -> Iterator[Case]:
-    """Every table entry, from the barest variant that the losses launch to the fullest."""
-    for arch in archs:
-        yield from _row_cases(arch)
-        yield from _patch_cases(arch)
+class _Indexing(TorchFunctionMode):
+    """Indexing by operators: Python's own asks for the device, which does not exist."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        tensor, index = args
+        axis = 0
+        for part in index if isinstance(index, tuple) else (index,):
+            if part is Ellipsis:
+                axis = tensor.dim() - sum(i is not None for i in index) + axis + 1
+            elif part is None:
+                tensor = torch.ops.aten.unsqueeze(tensor, axis)
+                axis += 1
+            elif isinstance(part, slice):
+                tensor = torch.ops.aten.slice(tensor, axis, part.start, part.stop, part.step or 1)
+                axis += 1
+            else:
+                tensor = torch.ops.aten.select(tensor, axis, part)
+        return tensor
 
 
-def _row_cases(arch: str) -> Iterator[RowCase]:
-    train = frozenset({"WITH_KEY"})
-    full = train | {"HAS_MASK", "EXCLUDE", "WITH_MAX"}
-    for width in (64, 128, 256):
-        yield RowCase("row_lse", arch, "bf16", width)
-        yield RowCase("row_lse", arch, "bf16", width, train)
-        yield RowCase("row_lse", arch, "bf16", width, train | {"EXCLUDE", "WITH_MAX"})
-        yield RowCase("row_lse", arch, "bf16", width, full)
-        yield RowCase("row_lse", arch, "fp16", width, full | {"SUBTRACT_MAX"})
-        yield RowCase("row_lse_grad_keys", arch, "bf16", width, full)
-        yield RowCase("row_lse_grad_keys", arch, "fp16", width, full)
-        if width in row_launch.FLOAT32_LAUNCH:
-            yield RowCase("row_lse", arch, "fp32", width, train)
-            yield RowCase("row_lse", arch, "fp32", width, full | {"SUBTRACT_MAX"})
-            yield RowCase("row_lse_grad_keys", arch, "fp32", width, full)
+# --- Compiling ------------------------------------------------------------------------------------
 
 
-def _patch_cases(arch: str) -> Iterator[PatchCase]:
-    train, aligned = frozenset({"WITH_GRAD"}), {"ALIGNED"}
-    rule, mask = {"OTHER_GROUPS"}, {"HAS_VALID"}
-    designs = (
-        (16, 32, 4),
-        (1, 512, 4),
-        (16, 32, 1),
-    )  # omni, spatial, channel; C 512, 4 x 4 patches
-    for (groups, width, patch), layout in itertools.product(designs, (set(), aligned)):
-        if layout and patch == 1:  # no four pixels of a patch are neighbours
-            continue
-        usual = layout | (rule if groups > 1 else set())
-        full, wide = train | mask | layout, train | mask | {"WIDE"}  # long strides: not aligned
-        yield PatchCase(arch, "fp32", groups, width, patch, frozenset(usual))
-        yield PatchCase(arch, "fp32", groups, width, patch, train | usual)
-        yield PatchCase(arch, "bf16", groups, width, patch, train | usual)
-        yield PatchCase(arch, "fp32", groups, width, patch, train | usual | {"L2"})
-        yield PatchCase(arch, "fp16", groups, width, patch, full)
-        yield PatchCase(arch, "bf16", groups, width, patch, full | {"L2"})
-        yield PatchCase(arch, "fp32", groups, width, patch, full | {"L2"} if layout else wide)
-    for width, layout in itertools.product((4, 8, 16, 24, 64, 128, 256, 2048), (set(), aligned)):
-        yield PatchCase(arch, "fp32", 16, width, 4, train | rule | mask | layout)
-        full = train | mask | {"L2"}
-        yield PatchCase(arch, "fp32", 16, width, 4, full | (layout or {"WIDE"}))
-    for width, patch in ((8, 8), (32, 8), (32, 3)):
-        layout = aligned if patch % 4 == 0 else set()
-        yield PatchCase(arch, "bf16", 16, width, patch, train | rule | mask | layout)
+def record(call: Call, arch: str) -> list[Launch]:
+    """What the call launches. The process is spoilt for anything else, and for other architectures."""
+    torch.set_float32_matmul_precision("high")  # the kernels take float32 then
+    launches = pretend(arch)
+    launches.clear()
+    OPERATORS[call.operator][0](**call.options)
+    return list(launches)
 
 
-def compile_case(case: Case) -> Compiled:
-    """Compile a case for its architecture and read the binary."""
-    build = case.build()
-    names = build.kernel.arg_names
-    signature = {
-        name: "constexpr" if name in build.constants else build.types.get(name, "i32")
-        for name in names
-    }
-    attributes = {
-        (i,): DIVISIBLE
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in build.aligned
-    }
-    target = GPUTarget("cuda", int(case.arch[3:]), 32)
-    source = ASTSource(build.kernel, signature, build.constants, attributes)
-    return _read(triton.compile(source, target=target, options=build.options), case)
+def compile_call(call: Call, arch: str) -> list[dict[str, Any]]:
+    """What became of each kernel that the call launches."""
+    return [
+        {"operator": call.operator, "call": str(call), "arch": arch} | read(launch, arch)
+        for launch in record(call, arch)
+    ]
 
 
-def _read(built: "triton.compiler.CompiledKernel", case: Case) -> Compiled:
+def read(launch: Launch, arch: str) -> dict[str, Any]:
+    """What the assembler made of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(launch.compiled.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
+        usage = cuobjdump("-res-usage", file.name)
+        sass = cuobjdump("-sass", file.name)
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
-    local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    total, shared_total, warps_total, shared_most = LIMITS[case.arch]
-    shared, warps = built.metadata.shared, case.launch.warps
+    metadata = launch.compiled.metadata
+    shared, warps = metadata.shared, metadata.num_warps
+    total, shared_total, warps_total, shared_most = LIMITS[arch]
     programs = 0
     if shared <= shared_most:
         by_registers = total // (-(-registers // 8) * 8 * 32 * warps)
         programs = min(by_registers, shared_total // (shared + 1024), warps_total // warps)
-    mma = "HGMMA" if case.arch == "sm_90" else "HMMA"
-    return Compiled(
-        registers, local + stack, shared, programs, len(re.findall(rf"\b{mma}\b", sass))
-    )
+    mma = "HGMMA" if arch == "sm_90" else "HMMA"
+    tile = {k: v for k, v in launch.arguments.items() if k[0] == "B" and isinstance(v, int)}
+    return {
+        "kernel": launch.kernel.fn.__name__,
+        "hash": launch.compiled.hash,
+        "tile": " ".join(f"{name}={size}" for name, size in tile.items()),
+        "warps": warps,
+        "registers": registers,
+        "spills": stack + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": shared,
+        "programs": programs,
+        "tensor_core": len(re.findall(rf"\b{mma}\b", sass)),
+        "uses_dot": "tt.dot" in launch.compiled.asm.get("ttir", ""),
+    }
 
 
-def _cuobjdump(option: str, path: str) -> str:
+def cuobjdump(option: str, path: str) -> str:
+    """Triton's own."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), option, path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def compile_all(archs: list[str], every: list[Call]) -> list[dict[str, Any]]:
+    """The records of all calls, each kernel once; in processes, one architecture each."""
+    from tqdm import tqdm
+
+    context = multiprocessing.get_context("spawn")
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    processes = max(1, (os.cpu_count() or 2) // 2)
+    for arch in archs:
+        with ProcessPoolExecutor(processes, context) as pool:
+            futures = [pool.submit(compile_call, call, arch) for call in every]
+            for future in tqdm(futures, arch, unit="call", disable=None):
+                for record in future.result():
+                    records.setdefault((arch, record["hash"]), record)
+    return list(records.values())
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m benchmarks kernels`."""
+    parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--arch", nargs="+", choices=LIMITS, default=["sm_80", "sm_90"])
-    parser.add_argument(
-        "--output", type=Path, default=report.RESULTS, help="folder of the JSON file"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compile, print, save; the exit status counts entries that spill or miss the tensor cores."""
-    from tqdm import tqdm
-
-    records = []
-    for case in tqdm(list(cases(tuple(arguments.arch))), unit="kernel", disable=None):
-        built = compile_case(case)
-        records.append(
-            {"kernel": case.kernel, "arch": case.arch, "dtype": case.dtype, "D": case.width}
-            | {"flags": sorted(case.flags), "launch": list(case.launch), "tile": case.tile}
-            | asdict(built)
-        )
-    print(report.table([_row(record) for record in records]))
-    bad = [r for r in records if r["spills"] or not r["programs"] or _misses_tensor_cores(r)]
-    path = report.save("kernels", records, "cpu", arguments.output)
+    """Compile, print, save; the exit status counts kernels that spill or miss the tensor cores."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    records = compile_all(arguments.arch, [c for c in calls() if c.operator in arguments.operator])
+    print(table([row(record) for record in records]))
+    bad = [record for record in records if is_bad(record)]
+    path = arguments.output / "kernels.json"
+    facts = {"torch": gauges.version("torch"), "triton": gauges.version("triton")}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_json({"machine": facts}, records))
     print(f"\n{len(records)} kernels, {len(bad)} with a spill, without tensor cores or too large")
     print(f"written: {path}")
     return len(bad)
 
 
-def _misses_tensor_cores(record: dict[str, Any]) -> bool:
-    """Whether a kernel made of matrix products has none; `patch_lse` sums absolute differences."""
-    return record["kernel"] != "patch_lse" and not record["tensor_core"]
+def is_bad(record: dict[str, Any]) -> bool:
+    """Whether a kernel spills, does not fit, or multiplies matrices without the tensor cores."""
+    return bool(
+        record["spills"]
+        or not record["programs"]
+        or (record["uses_dot"] and not record["tensor_core"])
+    )
 
 
-def _row(record: dict[str, Any]) -> dict[str, str]:
-    return {
-        "kernel": record["kernel"],
-        "arch": record["arch"],
-        "dtype": record["dtype"],
-        "D": str(record["D"]),
-        "variant": " ".join(record["flags"]).lower() or "values only",
-        "tile": record["tile"],
-        "registers": str(record["registers"]),
-        "spills": str(record["spills"]),
-        "shared KiB": str(record["shared"] // 1024),
-        "programs/SM": str(record["programs"]),
-        "tensor-core": str(record["tensor_core"]),
-    }
+def row(record: dict[str, Any]) -> dict[str, str]:
+    """A line of the table."""
+    cells = {key: str(record[key]) for key in ("kernel", "arch", "call", "tile", "warps")}
+    cells |= {key: str(record[key]) for key in ("registers", "spills")}
+    cells |= {"shared KiB": str(record["shared"] // 1024), "programs/SM": str(record["programs"])}
+    return cells | {"tensor-core": str(record["tensor_core"])}

@@ -1,363 +1,188 @@
-"""Write docs/benchmarks.md from the committed results, every figure and every comparison on it.
-
-A result that is missing leaves a line with the command that makes it.
-"""
+"""Write docs/benchmarks.md and its pictures from the files of results."""
 
 import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import report
-from .peer_providers import PROVIDERS
-from .peers import PCD
-from .scaling import FITTED_FROM, ring_rows
+from . import peers, scaling, targets
+from .sheet import RESULTS, Record, cells, duration, label, table
+from .subjects import SUBJECTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-Records = list[dict[str, Any]]
-
-# Why a peer can be faster; true whatever the figures are. They stand only beside figures that show it.
-REASONS = {
-    "plain torch": "two large products and no loop over blocks: less to start where the logits are few",
-    "plain torch, autocast": "no loop over blocks, and products in bfloat16; see its error",
-    "plain torch, compiled": "two large products, the passes between them fused into few",
-    "checkpointed chunks": "large products over chunks of rows, nothing else to start",
-    "attention, CPU flash": "one compiled loop holds both products of a block and its exponentials, and "
-    "splits the queries among the cores; `row_lse` is a loop in Python over the same products",
-    "attention, flash": "a kernel written by hand for the instructions of each GPU generation",
-    "attention, cuDNN": "a kernel written by hand for the instructions of each GPU generation",
-    "torch linear_cross_entropy": "large products over chunks, with the gradient made in forward",
-    "inf-cl": "products in TF32",
-    "cut-cross-entropy": "it skips blocks of small probability in backward; see its error",
-    "cut-cross-entropy, exact": "a forward pass without the second product, which it makes in backward",
-    "cut-cross-entropy, compiled": "two large products, the passes between them fused into few",
-    "liger-kernel": "large products over chunks of rows, with the gradient made in forward",
-    "pytorch-metric-learning": "a handful of large operations where there are few pairs",
-    "lightly": "two large products and no loop over blocks: less to start where the logits are few",
-}
+Content = dict[str, Any]
 
 HEAD = """# Benchmarks
 
 <!-- Written by `python -m benchmarks page` from benchmarks/results; edit that, not this. -->
 
-All figures on this page come from the files in `benchmarks/results`, made on the machines named below.
-`pip install -e ".[bench,peers]"` in a checkout brings what the commands need. Times are medians, forward
-plus backward, of runs that take turns in one process (for the growth with $N$, one provider after
-another). Long runs are repeated less often: where the number differs, a column says it. Extra memory is
-the peak minus what was there before: on a CPU the rise of the resident set in a process of its own, with
-an allocator that keeps nothing of what is freed; on CUDA the allocator's peak. Errors are relative,
-against float64.
+In a checkout, `pip install -e ".[bench]"` and `python -m benchmarks all --device cuda --minutes 10`
+measure everything, the most informative first; `python -m benchmarks --help` lists the single commands.
 """
 
-PEERS = """
-All compute the same loss and its gradient with respect to the query, from the same random tensors.
-The keys are frozen unit vectors, and key $i$ is the positive of query $i$:
+HOW = """
+## How it is measured
 
-```text
-loss = F.cross_entropy(scale * F.normalize(query, dim=1) @ keys.T, torch.arange(N))
-```
-
-So normalising the queries is part of every figure; `row_lse` by itself stands
-[below](#each-operator-by-itself). `TFLOP/s` counts $4NMD$ operations for everyone, whatever they do. The
-command tries every provider, and gives what it said where it does not run. What is particular about
-each:
+- All providers of a problem get the same tensors and run in turns, forward plus backward. A time is the
+  median; the files in `benchmarks/results` have the spread.
+- "time" is that of one call on an idle device, until its result is there. "host" is the part until
+  Python returns, "GPU" the GPU's own time, by a CUDA graph or from a filled queue: what a call costs
+  where the GPU is busy.
+- "launches" counts kernels and copies on a GPU, and PyTorch's operators on a CPU.
+- "MiB" is the peak of memory minus what was there before: of CUDA's allocator, or of the resident set of
+  a process of its own.
+- "error" compares loss and gradient with float64, relative to their size.
+- In the pictures, left of the line is better than plain PyTorch.
 """
 
-SCALING = """
-The model adds $4NMD$ operations over the measured rate of a large square product, and the bytes moved
-over the measured bandwidth of a copy. Nothing in it is fitted to the points. It leaves out exponentials
-and launches, and takes every byte from memory, as if the small sizes were not in a cache. "Measured /
-model" is the time over that.
-"""
-
-RING = """
-### What a whole cluster's batch would cost: a model
-
-These tables are **a model, not a measurement**, and one that has no exponentials, so that it bounds the
-time from below: the loss of {rows} pixels on each rank against those of all ranks, with
-`gather_mode="ring"` ([how](pixel_contrast.md#all-at-once-or-around-a-ring)), forward and backward. A
-rank sends its block of keys $W - 1$ times, each while a block is used; backward sends nothing. The
-bandwidth to the neighbours is an assumption: {link:.0f} GB/s each way (`--link`). For comparison: the
-memory that the keys of all ranks take with `gather_mode="all"`, and one float32 matrix of a rank's
-logits, of which plain code holds several.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m benchmarks page`."""
-    parser.add_argument(
-        "--results", type=Path, default=report.RESULTS, help="folder of the results"
-    )
-    parser.add_argument("--output", type=Path, default=PAGE, help="the page")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Write the page."""
-    arguments.output.write_text(render(arguments.results))
-    print(f"written: {arguments.output}")
-    return 0
+TITLES = {
+    "step": ("What a loss adds to a training step", "Teacher, student, loss, backward and SGD."),
+    "overhead": ("What a call costs", "Each loss and operator against plain PyTorch."),
+    "contrast": (
+        "The contrast on maps",
+        "`PixelContrastLoss` against `F.normalize`, a product and `F.cross_entropy`.",
+    ),
+    "row_lse": (
+        "`row_lse` alone",
+        "Beside its two matrix products, and fused attention with V = K.",
+    ),
+    "wide": ("`row_lse` with wide features", "More than the fused kernel takes."),
+    "maskd": ("Masked distillation", "One level; plain holds a tensor [B, T, C, H, W]."),
+    "af_dcd": ("Af-DCD", "The contrast inside patches, and the whole loss."),
+    "peers": ("Other libraries", "The same contrast by every library that can compute it."),
+    "scaling": ("How the cost grows", "Against N = M."),
+}
+SHOWN_OF_PEERS = [label(case) for case in (peers.PCD, (16384, 16384, 128), (8192, 8192, 128))]
 
 
 def render(results: Path) -> str:
     """The whole page."""
-    parts = [HEAD, "\n## Peers side by side\n", PEERS, *_notes()]
-    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
-        parts += _section(results, f"peers_{device}_{dtype}", f"peers --device {device}", _peers)
-    parts.append("\n## How the cost grows\n" + SCALING)
-    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
-        name = f"scaling_{device}_{dtype}"
-        parts += _section(results, name, f"scaling --device {device}", _scaling)
-    parts.append("\n## Each operator by itself\n")
-    for name, command, body in (
-        ("row_lse", "row_lse", _row_lse),
-        ("maskd", "maskd", _maskd),
-        ("af_dcd", "af_dcd", _af_dcd),
+    devices = targets.devices(results)
+    summary = [row for device in devices for row in _summary(results, device)]
+    parts = [HEAD, f"\n## Summary\n\n{table(summary)}\n"]
+    for device in devices:
+        files = targets.Results(results, device).files
+        machine = next(iter(files.values()))["machine"]
+        parts.append(f"\n## {machine.get('gpu') or machine['processor']}\n")
+        for name in TITLES:
+            if name in files:
+                parts += _section(files[name], results / f"{name}_{device}")
+        if reached := targets.reached(results, device):
+            parts.append(f"\n### Targets\n\n{reached}\n")
+    return "".join([*parts, *_kernels(results), HOW])
+
+
+def _summary(results: Path, device: str) -> Iterator[dict[str, str]]:
+    """Ours and plain in the first case of each subject."""
+    found = targets.Results(results, device)
+    for name, key in (
+        ("step", "peak_bytes"),
+        *((name, "extra_bytes") for name in ("contrast", "row_lse", "maskd", "af_dcd", "peers")),
     ):
-        for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
-            file = f"{name}_{device}_{dtype}"
-            parts += _section(results, file, f"{command} --device {device}", body)
-    parts += _section(results, "kernels", "kernels", _kernels)
-    return "".join(parts)
+        for content in filter(None, [found.files.get(name)]):
+            first = content["records"][0]
+            records = found.records(name, tuple(first[x] for x in content["columns"]))
+            if {"ours", "plain"} <= records.keys():
+                base = records.get("squared-error", {})
+                yield {
+                    "on": device,
+                    "what": f"{TITLES[name][0]}: {_case(content, first)}",
+                    "plain PyTorch": _cost(records["plain"], base, key),
+                    "pixdistill": _cost(records["ours"], base, key),
+                }
 
 
-def _section(results: Path, name: str, command: str, body: Any) -> Iterator[str]:
-    """A heading, the machine and the command, and what `body` makes of the file, if it is there."""
-    path = results / f"{name}.json"
+def _cost(record: Record, base: Record, key: str) -> str:
+    seconds = record["seconds"] - base.get("seconds", 0.0)
+    mib = ((record[key] or 0) - base.get(key, 0)) / 2**20
+    return f"{duration(max(seconds, 0.0))}, {max(mib, 0):.0f} MiB"
+
+
+def _case(content: Content, record: Record) -> str:
+    return label(record[column] for column in content["columns"])
+
+
+def _section(content: Content, stem: Path) -> Iterator[str]:
+    """A heading, the machine, a picture, a table, and what is particular to the subject."""
+    name, machine, records = content["subject"], content["machine"], content["records"]
+    title, words = TITLES[name]
+    facts = [f"{key} {machine[key]}" for key in ("pixdistill", "torch", "triton")]
+    facts += [f"{machine['processor']}, {machine['threads']} threads"]
+    facts += [machine["date"]] if "date" in machine else []
+    yield f"\n### {title}\n\n{words} `python -m benchmarks {name}`, {content['dtype']};\n"
+    yield f"{', '.join(facts)}.\n"
+    picture = f"{stem.name}_{content['dtype']}.png"
+    if (stem.parent / picture).exists():
+        yield f"\n![Time and memory beside plain PyTorch's](../benchmarks/results/{picture})\n"
+    yield f"\n{table(list(_rows(content)))}\n"
+    if name in ("peers", "row_lse"):
+        yield from _better(content)
+    for provider in ("ours", "plain") if name == "scaling" else ():
+        for key, what in (("seconds", "time"), ("extra_bytes", "memory")):
+            exponent = scaling.exponent(records, provider, key)
+            if exponent is not None:
+                yield f"\n- {provider}: from N = {scaling.FITTED_FROM}, {what} grows as "
+                yield f"$N^{{{exponent:.2f}}}$"
+    reasons: dict[str, str] = {}
+    for record in records:
+        if reason := record.get("skipped") or record.get("failed"):
+            reasons.setdefault(record["provider"], f"{reason} (at {_case(content, record)})")
+    if reasons:
+        yield "\nLeft out, with the first reason of each:\n\n"
+        yield from (f"- {provider}: `{reason}`\n" for provider, reason in reasons.items())
+    if name == "peers":
+        yield "\nWhat they are:\n\n"
+        yield from (f"- {key}: {p.note}\n" for key, p in peers.PROVIDERS.items())
+
+
+def _rows(content: Content) -> Iterator[dict[str, str]]:
+    """The measured rows, the case named once; two cases of the peers, with their many rows."""
+    last = ""
+    for record in content["records"]:
+        case = _case(content, record)
+        hidden = content["subject"] == "peers" and case not in SHOWN_OF_PEERS
+        if hidden or "seconds" not in record:
+            continue
+        plain = _other(content, record, "plain").get("seconds")
+        row = {" ".join(content["columns"]): "" if case == last else case} | cells(record)
+        row["spread"] = "-"
+        yield row | {"/ plain": f"{record['seconds'] / plain:.2g}" if plain else "-"}
+        last = case
+
+
+def _other(content: Content, record: Record, provider: str) -> Record:
+    """Another provider's record of the same case."""
+    case = _case(content, record)
+    found = (r for r in content["records"] if r["provider"] == provider)
+    return next((r for r in found if _case(content, r) == case), {})
+
+
+def _better(content: Content) -> Iterator[str]:
+    """Where another provider of the same values is faster or leaner than ours."""
+    floors = {name for name, p in SUBJECTS[content["subject"]].providers.items() if p.floor}
+    for key, words in (("seconds", "faster"), ("extra_bytes", "leaner")):
+        found: dict[str, list[str]] = {}
+        for record in content["records"]:
+            name, value = record["provider"], record.get(key)
+            ours = _other(content, record, "ours").get(key)
+            if None in (ours, value) or name in floors or name.startswith("ours"):
+                continue
+            if value < ours:
+                where = f"{value / ours:.2f} at {_case(content, record)}"
+                found.setdefault(name, []).append(where)
+        lines = (f"- {name}: {'; '.join(where)}\n" for name, where in found.items())
+        listed = "\n\n" + "".join(lines) if found else " nobody.\n"
+        yield f"\nWho is {words}, as a fraction of ours:{listed}"
+
+
+def _kernels(results: Path) -> Iterator[str]:
+    """Registers and spills, by kernel and architecture."""
+    path = results / "kernels.json"
     if not path.exists():
-        yield f"\nNo result yet in `benchmarks/results/{name}.json`;\n"
-        yield f"`python -m benchmarks {command}` makes it.\n"
         return
     content = json.loads(path.read_text())
-    yield f"\n### `python -m benchmarks {command}`\n\n{_machine(content['machine'])}\n"
-    yield from body(content, results, name)
-
-
-def _machine(facts: dict[str, Any]) -> str:
-    device = f"{facts['gpu']}, {facts['gpu_memory_gib']} GiB" if "gpu" in facts else ""
-    threads = f"{facts['threads']} thread" + ("s" if facts["threads"] != 1 else "")
-    host = f"{facts['processor']}, {threads}"
-    packages = ("pixdistill", "torch", "triton", "python")
-    versions = ", ".join(f"{key} {facts[key]}" for key in packages)
-    return f"On {device + ' in ' if device else ''}{host}; {versions}."
-
-
-def _notes() -> Iterator[str]:
-    yield "\n| provider | |\n| --- | --- |\n"
-    for name, provider in PROVIDERS.items():
-        yield f"| {name} | {provider.note} |\n"
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    return "\n" + report.table(rows) + "\n" if rows else ""
-
-
-def _picture(results: Path, name: str, words: str) -> str:
-    if not (results / f"{name}.png").exists():
-        return ""
-    return f"\n![{words}](../benchmarks/results/{name}.png)\n"
-
-
-def _done(records: Records) -> Records:
-    return [record for record in records if "skipped" not in record]
-
-
-def _size(record: dict[str, Any]) -> tuple[int, int, int]:
-    return record["N"], record["M"], record["D"]
-
-
-def _named(size: tuple[int, ...]) -> str:
-    return "{} x {}, D {}".format(*size)
-
-
-def _peers(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    records = content["records"]
-    packages = ", ".join(f"{key} {version}" for key, version in content["packages"].items())
-    yield f"\nPeers: {packages}. Nobody may hold more than {content['memory_limit_gib']:.0f} GiB.\n"
-    done = _done(records)
-    sizes = sorted({_size(record) for record in done}, key=lambda s: (s[0] * s[1] * s[2], s))
-    at_pcd = [size for size in sizes if size == PCD]
-    squares = [size for size in sizes if size[0] == size[1]]
-    for size in (squares[-1:] if squares else []) + at_pcd:
-        own = (
-            ", PCD's setting: the 7 x 7 pixels of 128 images, an eighth of its batch, against its queue"
-            if size == PCD
-            else ""
-        )
-        yield f"\n{_named(size)}{own}:\n"
-        mine = sorted((r for r in done if _size(r) == size), key=lambda r: r["seconds"])
-        yield _table([_peer_row(record) for record in mine])
-    yield _picture(results, f"{name}_pcd", "Time and extra memory in PCD's setting")
-    yield _picture(results, name, "Time and extra memory against N")
-    yield f"\nAll sizes are in `benchmarks/results/{name}.json`.\n"
-    yield "\n**Where a peer is faster, and why.** "
-    yield from _faster(done, sizes)
-    yield from _left_out(records)
-
-
-def _peer_row(record: dict[str, Any]) -> dict[str, str]:
-    row = {"provider": record["provider"], "TFLOP/s": report.tflops(record)}
-    return row | report.cells(record) | _runs(record)
-
-
-def _runs(record: dict[str, Any]) -> dict[str, str]:
-    return {"runs": str(record["runs"])} if "runs" in record else {}
-
-
-def _ours(records: Records, size: tuple[int, ...]) -> dict[str, Any] | None:
-    """The fastest of ours at a size."""
-    mine = [r for r in records if _size(r) == size and r["provider"].startswith("ours")]
-    return min(mine, key=lambda record: record["seconds"], default=None)
-
-
-class Win(NamedTuple):
-    """A size at which a peer is faster."""
-
-    size: tuple[int, int, int]
-    share: float  # of our median time
-    overlap: bool  # of its runs and ours
-
-
-def faster_peers(done: Records, sizes: list[tuple[int, int, int]]) -> dict[str, list[Win]]:
-    """By peer, the sizes at which its median is below ours."""
-    found: dict[str, list[Win]] = {}
-    for size in sizes:
-        ours = _ours(done, size)
-        for record in done:
-            if ours is None or _size(record) != size or record["provider"].startswith("ours"):
-                continue
-            share = record["seconds"] / ours["seconds"]
-            if share < 1:
-                overlap = record["slowest"] >= ours["fastest"]
-                found.setdefault(record["provider"], []).append(Win(size, share, overlap))
-    return found
-
-
-def _faster(done: Records, sizes: list[tuple[int, int, int]]) -> Iterator[str]:
-    found = faster_peers(done, sizes)
-    if not found:
-        yield "At no size measured here: no peer's median is below ours.\n"
-    else:
-        yield "By the medians, in shares of ours; ~ where slowest and fastest runs overlap:\n\n"
-    for name, wins in found.items():
-        places = "; ".join(
-            f"{'~' * win.overlap}{win.share:.2f} at {_named(win.size)}" for win in wins
-        )
-        yield f"- {name}: {places}. Reason: {REASONS[name]}.\n"
-    leaner: dict[str, list[str]] = {}
-    for size in sizes:
-        ours = _ours(done, size)
-        for record in done:
-            if ours and _size(record) == size and record["extra_bytes"] < ours["extra_bytes"]:
-                share = record["extra_bytes"] / ours["extra_bytes"]
-                leaner.setdefault(record["provider"], []).append(f"{share:.2f} at {_named(size)}")
-    if leaner:
-        yield "\n**Where a peer needs less extra memory**, in shares of ours:\n\n"
-    else:
-        yield "\nNone needs less extra memory than ours at any size.\n"
-    for name, places_of in leaner.items():
-        yield f"- {name}: {'; '.join(places_of)}.\n"
-
-
-def _left_out(records: Records) -> Iterator[str]:
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        if "skipped" in record:
-            key = record["provider"], record["skipped"]
-            reasons.setdefault(key, []).append(_named(_size(record)))
-    if reasons:
-        yield "\nLeft out:\n\n"
-    sizes = len({_size(record) for record in records})
-    for (name, reason), where in reasons.items():
-        places = "" if len(where) == sizes else f" at {'; '.join(where)}"
-        yield f"- {name}{places}: `{reason}`\n"
-
-
-def _scaling(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    rates = content["rates"]
-    here = rates["measured"]
-    yield (
-        f"\nMeasured in the same run: {here['operations'] / 1e9:.0f} GFLOP/s of a product, "
-        f"{here['bytes'] / 1e9:.1f} GB/s of a copy.\n"
-    )
-    yield _table([_scaling_row(record) for record in content["records"]])
-    yield _picture(results, name, "Measured time, the model, and extra memory, against N")
-    if content["exponents"]:
-        yield f"\nFitted over N of {FITTED_FROM} and more (least squares of the logarithms):\n\n"
-    for what, exponent in content["exponents"].items():
-        yield f"- {what} grows as $N^{{{exponent:.2f}}}$\n"
-    rings = content["rings"]
-    first = rings["measured"][0]
-    yield RING.format(rows=first["pixels"] // first["ranks"], link=here["link"] / 1e9)
-    ratios = [
-        record["seconds"] / record["model_seconds"]
-        for record in content["records"]
-        if record["provider"].startswith("ours") and record["N"] >= FITTED_FROM
-    ]
-    yield "\nRanks as fast as the machine measured here"
-    if ratios:
-        yield f" (where it ran, it took {min(ratios):.2f} to {max(ratios):.2f} times the model's time)"
-    yield ":\n"
-    yield _table(ring_rows(rings["measured"]))
-    assumed = rates["assumed"]
-    yield (
-        f"\nGPUs assumed to make {assumed['operations'] / 1e12:.0f} TFLOP/s of products in bfloat16, "
-        f"to move {assumed['bytes'] / 1e12:.2f} TB/s,\nand to send "
-        f"{assumed['link'] / 1e9:.0f} GB/s to a neighbour. "
-        "Published figures of an H100, which no kernel reaches all the time; nothing of it was measured "
-        "here:\n"
-    )
-    yield _table(ring_rows(rings["assumed"]))
-
-
-def _scaling_row(record: dict[str, Any]) -> dict[str, str]:
-    return {
-        "N = M": str(record["N"]),
-        "provider": record["provider"],
-        "seconds": f"{record['seconds']:.3g}",
-        "spread": f"{record['fastest']:.3g} to {record['slowest']:.3g}",
-        **_runs(record),
-        "model": f"{record['model_seconds']:.3g}",
-        "measured / model": f"{record['seconds'] / record['model_seconds']:.2f}",
-        "extra MiB": f"{record['extra_bytes'] / 2**20:.1f}",
-    }
-
-
-def _row_lse(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    yield "\n`row_lse` alone ([words](pixel_contrast.md#memory-and-time)). The two bare products"
-    yield " write and read the N x M matrix, which blocks in a cache need not:\n"
-    done = _done(content["records"])
-    yield _table([{"N x M, D": _named(_size(record))} | _peer_row(record) for record in done])
-
-
-def _maskd(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    yield "\nMasked distillation ([words](masked_distillation.md)):\n"
-    done = _done(content["records"])
-    yield _table(
-        [
-            {"case": "{variant}, B {B}, C {C}, T {T}, {H} x {W}".format(**record)}
-            | {"provider": record["provider"]}
-            | report.cells(record)
-            for record in done
-        ]
-    )
-
-
-def _af_dcd(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    yield "\nAf-DCD ([words](af_dcd.md)):\n"
-    yield _table(
-        [
-            {"case": "{part}, B {B}, C {C}, {H} x {W}, pool {pool}".format(**record)}
-            | {"provider": record["provider"]}
-            | report.cells(record)
-            for record in _done(content["records"])
-        ]
-    )
-
-
-def _kernels(content: dict[str, Any], results: Path, name: str) -> Iterator[str]:
-    yield "\nEvery kernel of the launch tables, compiled without a GPU:\n"
-    groups: dict[tuple[str, str], Records] = {}
+    groups: dict[tuple[str, str], list[Record]] = {}
     for record in content["records"]:
         groups.setdefault((record["kernel"], record["arch"]), []).append(record)
     rows = [
@@ -371,5 +196,80 @@ def _kernels(content: dict[str, Any], results: Path, name: str) -> Iterator[str]
         }
         for (kernel, arch), group in groups.items()
     ]
-    yield _table(rows)
-    yield "\n`patch_lse` sums absolute differences, for which tensor cores have no instruction.\n"
+    yield "\n## Kernels, compiled without a GPU\n\n"
+    yield f"`python -m benchmarks kernels`, triton {content['machine']['triton']}.\n"
+    yield f"\n{table(rows)}\n"
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def draw(content: Content, path: Path) -> None:
+    """Time and memory: of scaling against N, otherwise as multiples of plain PyTorch's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = [record for record in content["records"] if record.get("seconds")]
+    grows = content["subject"] == "scaling"
+    if not grows:
+        records = [r for r in records if _other(content, r, "plain").get("seconds")]
+        records = [r for r in records if r["provider"] != "plain"]
+    if not records:
+        return
+    cases = list(dict.fromkeys(_case(content, record) for record in records))[::-1]
+    height = 4.0 if grows else 1.6 + 0.42 * len(cases)
+    figure, axes = plt.subplots(1, 2, figsize=(11, height), sharey=not grows, layout="constrained")
+    for axis, (key, title) in zip(
+        axes, (("seconds", "time"), ("extra_bytes", "extra memory")), strict=True
+    ):
+        for number, name in enumerate(dict.fromkeys(record["provider"] for record in records)):
+            mine = [r for r in records if r["provider"] == name and r.get(key)]
+            style: dict[str, Any] = {"color": f"C{number}", "marker": "o^Dv*P"[number % 6]}
+            if name == "ours":
+                style = {"color": "black", "marker": "s", "markersize": 9, "zorder": 1}
+            if grows:
+                unit = 1 if key == "seconds" else 2**20
+                axis.plot(
+                    [r["N"] for r in mine], [r[key] / unit for r in mine], label=name, **style
+                )
+                continue
+            mine = [r for r in mine if _other(content, r, "plain").get(key)]
+            ratios = [r[key] / _other(content, r, "plain")[key] for r in mine]
+            places = [cases.index(_case(content, r)) for r in mine]
+            axis.plot(ratios, places, linestyle="none", label=name, **style)
+        if grows:
+            axis.set(yscale="log", xlabel="N = M")
+            axis.set_title(f"{title} ({'s' if key == 'seconds' else 'MiB'})")
+            axis.set_xscale("log", base=2)
+        else:
+            axis.set(xscale="log", title=f"{title} / plain's")
+            axis.axvline(1, color="black", linewidth=1)
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.grid(alpha=0.3)
+    if not grows:
+        axes[0].set_yticks(range(len(cases)), cases)
+        axes[0].set_ylabel(" ".join(content["columns"]))
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m benchmarks page`."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the pictures and write the page."""
+    for device in targets.devices(arguments.results):
+        for name, content in targets.Results(arguments.results, device).files.items():
+            draw(content, arguments.results / f"{name}_{device}_{content['dtype']}.png")
+    arguments.output.write_text(render(arguments.results))
+    print(f"written: {arguments.output}")
+    return 0

@@ -1,280 +1,354 @@
-"""The contrast by every library that can compute it: time, extra peak memory and error, side by side.
+"""The contrast by every library that can compute it.
 
-All providers get the same tensors and compute the loss of `benchmarks/peer_providers.py` and its
-gradient with respect to the query; keys are frozen. Times are interleaved in one process, 4 N M D
-operations are counted for everyone, errors are relative, against float64. On a CPU, memory is the
-rise of the resident peak in a fresh process of the provider's own, on CUDA the allocator's peak.
+All take queries `[N, D]` of any length and frozen unit keys `[M, D]`, of which key i is the positive of
+query i, and compute the loss and its gradient with respect to the queries:
+
+    loss = F.cross_entropy(scale * F.normalize(query, dim=1) @ keys.T, torch.arange(N))
 """
 
-import argparse
 import functools
-import json
-import math
-import os
-import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from . import report
-from .peer_providers import PROVIDERS, Problem, truth, what_failed, why_not
+from pixdistill.functional import pixel_contrast_loss
 
-Size = tuple[int, int, int]
-PCD: Size = (
-    6272,
-    65536,
-    256,
-)  # 128 maps of 7 x 7 pixels, an eighth of its batch, against its queue
-SIZES: dict[str, list[Size]] = {
-    "cpu": [*((n, n, 128) for n in (256, 512, 1024, 2048, 4096, 8192)), PCD],
-    "cuda": [
-        *((n, n, 128) for n in (512, 1024, 4096, 16384, 65536, 262144)),
-        *((16384, 16384, width) for width in (64, 256, 512, 2048, 8192)),
-        PCD,
-        (6272, 65536, 128),
-        (12544, 262144, 128),
-    ],
+from .row_lse import half_and_narrow, matrices, no_linear_cross_entropy
+from .runner import Case, Provider, Subject
+
+CHUNK = 1024  # rows of a checkpointed chunk
+PCD = (6272, 65536, 256)  # 128 maps of 7 x 7 pixels, an eighth of its batch, against its queue
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Tensors without gradient: each run asks for its own."""
+
+    query: Tensor
+    keys: Tensor
+    temperature: float = 0.2
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.temperature
+
+    @functools.cached_property
+    def target(self) -> Tensor:
+        """`[N]`, where each query's positive is among the keys."""
+        return torch.arange(len(self.query), device=self.query.device)
+
+
+def problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
+    """Random queries, each of which resembles its positive."""
+    rows, columns, width = case
+    if rows > columns:
+        raise SystemExit(f"every query has its positive among the keys; got {rows} > {columns}")
+    generator = torch.Generator(device).manual_seed(rows + columns + width)
+    random = functools.partial(torch.randn, generator=generator, device=device)
+    keys = F.normalize(random(columns, width), dim=1)
+    query = width**-0.5 * random(rows, width) + 0.5 * keys[:rows]
+    return Problem(query.to(dtype), keys.to(dtype))
+
+
+def truth(problem: Problem, *, beside: bool = False) -> tuple[Tensor, Tensor]:
+    """Loss and gradient in float64, a block of rows at a time."""
+    keys, count, grads = problem.keys.double(), len(problem.query), []
+    total = keys.new_zeros(())
+    for rows, target in zip(problem.query.split(1024), problem.target.split(1024), strict=True):
+        query = rows.double().requires_grad_()
+        logits = problem.scale * (F.normalize(query, dim=1) @ keys.T)
+        if beside:  # the positive is one more logit beside those of the keys
+            logits = torch.cat([logits, logits.gather(1, target.unsqueeze(1))], dim=1)
+        loss = F.cross_entropy(logits, target, reduction="sum") / count
+        grads.append(torch.autograd.grad(loss, query)[0])
+        total += loss.detach()
+    return total, torch.cat(grads)
+
+
+LossOf = Callable[[Tensor, Problem], Tensor]
+
+
+def differentiated(loss_of: LossOf, normalize: bool = True) -> Callable[[Problem], Any]:
+    """Forward plus backward, the queries normalised for all that do not do it themselves."""
+
+    def run(problem: Problem) -> tuple[Tensor, Tensor]:
+        query = problem.query.detach().requires_grad_()
+        loss = loss_of(F.normalize(query, dim=1) if normalize else query, problem)
+        return loss.detach(), torch.autograd.grad(loss, query)[0]
+
+    return run
+
+
+# --- PyTorch --------------------------------------------------------------------------------------
+
+
+def dense(query: Tensor, keys: Tensor, target: Tensor, scale: float) -> Tensor:
+    """As people write it: all logits, and their cross-entropy in float32."""
+    return F.cross_entropy((scale * (query @ keys.T)).float(), target)
+
+
+def plain(query: Tensor, problem: Problem) -> Tensor:
+    return dense(query, problem.keys, problem.target, problem.scale)
+
+
+def plain_autocast(query: Tensor, problem: Problem) -> Tensor:
+    with torch.autocast(query.device.type, dtype=torch.bfloat16):
+        return plain(query, problem)
+
+
+def plain_compiled(query: Tensor, problem: Problem) -> Tensor:
+    return _compiled()(query, problem.keys, problem.target, problem.scale)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(dense, dynamic=False)
+
+
+def checkpointed(query: Tensor, problem: Problem) -> Tensor:
+    """Chunks of rows whose logits are computed again in backward."""
+    total = query.new_zeros((), dtype=torch.float32)
+    for rows, target in zip(query.split(CHUNK), problem.target.split(CHUNK), strict=True):
+        mean = checkpoint(dense, rows, problem.keys, target, problem.scale, use_reentrant=False)
+        total = total + mean * len(rows)
+    return total / len(query)
+
+
+class _Attention(torch.autograd.Function):
+    """Log-sum-exp by an attention whose values are the keys: its output is the gradient, unscaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, scale: float, name: str, *flags: Any
+    ) -> Tensor:
+        operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+        query, keys = query[None, None], keys[None, None]
+        output, lse, *_ = operator(query, keys, keys, *flags, scale=scale)
+        ctx.save_for_backward(output[0, 0])
+        ctx.scale = scale
+        return lse.flatten()[: query.shape[2]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        return (ctx.scale * grad.unsqueeze(1) * output).to(output.dtype), *[None] * 5
+
+
+def attention(name: str, *flags: Any) -> LossOf:
+    """One of PyTorch's fused attention operators with V = K."""
+
+    def loss_of(query: Tensor, problem: Problem) -> Tensor:
+        lse = _Attention.apply(query, problem.keys, problem.scale, name, *flags)
+        positive = (query.float() * problem.keys[: len(query)].float()).sum(dim=1)
+        return (lse - problem.scale * positive).mean()
+
+    return loss_of
+
+
+def torch_linear(query: Tensor, problem: Problem) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    scaled = problem.scale * query
+    return F.linear_cross_entropy(scaled, problem.keys, problem.target, options=options)
+
+
+# --- Other libraries, and ours --------------------------------------------------------------------
+
+
+def inf_cl(query: Tensor, problem: Problem) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    width = min(query.shape[1], 256)  # wider vectors are taken in parts of its widest
+    losses = cal_flash_loss(query, problem.keys, problem.target, problem.scale, head_dim=width)
+    return losses.mean()
+
+
+def cut_cross_entropy(**options: Any) -> LossOf:
+    """Apple's, with the keys as the classifier's weights."""
+
+    def loss_of(query: Tensor, problem: Problem) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(problem.scale * query, problem.keys, problem.target, **options)
+
+    return loss_of
+
+
+def liger(query: Tensor, problem: Problem) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    apply = LigerFusedLinearCrossEntropyFunction.apply
+    return apply(problem.scale * query, problem.keys, problem.target)[0]
+
+
+def metric_learning(query: Tensor, problem: Problem) -> Tensor:
+    """Each query is the only one of its label; keys without a query are negatives to all."""
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    labels = torch.arange(len(problem.keys), device=query.device)
+    criterion = NTXentLoss(temperature=problem.temperature)
+    return criterion(query, problem.target, ref_emb=problem.keys, ref_labels=labels)
+
+
+def lightly(query: Tensor, problem: Problem) -> Tensor:
+    """MoCo's loss: the keys are the memory bank, and each positive stands beside them once more."""
+    criterion = _memory_bank(problem)
+    criterion.memory_bank.bank_ptr.zero_()  # the positives return to the slots that they came from
+    return criterion(query, problem.keys[: len(query)])
+
+
+@functools.lru_cache(maxsize=1)
+def _memory_bank(problem: Problem) -> Any:
+    try:
+        from lightly.loss import NTXentLoss
+    except RuntimeError:  # torchvision lacks its operators beside a torch made for another device;
+        for name in ("nms", "qnms"):  # its import needs their names, and this loss none of them
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", signature)
+        from lightly.loss import NTXentLoss
+
+    criterion = NTXentLoss(problem.temperature, memory_bank_size=tuple(problem.keys.shape))
+    criterion.memory_bank.bank = problem.keys.clone()
+    return criterion.to(problem.keys.device)
+
+
+def without_the_double(problem: Problem, result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same distance from the truth as lightly's result has from a truth that counts twice."""
+    pairs = zip(result, truth(problem), truth(problem, beside=True), strict=True)
+    loss, grad = (found.double() + right - beside for found, right, beside in pairs)
+    return loss, grad
+
+
+def ours(query: Tensor, problem: Problem) -> Tensor:
+    """The positives' keys are the batch, all others the queue."""
+    teacher, others = problem.keys[: len(query)], problem.keys[len(query) :]
+    return pixel_contrast_loss(
+        query,
+        teacher,
+        temperature=problem.temperature,
+        queue_keys=others if len(others) else None,
+    )
+
+
+def not_float32(case: Case, dtype: torch.dtype) -> str | None:
+    """Where autocast changes nothing."""
+    return None if dtype == torch.float32 else "the same as plain in half precision"
+
+
+def quadratic_in_queries(case: Case) -> float:
+    """Bytes of every pair of a positive and a negative."""
+    rows, columns, _ = case
+    return 20.0 * rows * rows * columns
+
+
+ATTENTION = "PyTorch's fused attention with V = K"
+PROVIDERS = {
+    "ours": Provider(differentiated(ours, normalize=False), "`pixel_contrast_loss`"),
+    "plain": Provider(
+        differentiated(plain), "`F.cross_entropy` of all logits in float32", holds=matrices(4)
+    ),
+    "plain-autocast": Provider(
+        differentiated(plain_autocast),
+        "the same, the product in bfloat16",
+        holds=matrices(4),
+        why_not=not_float32,
+    ),
+    "attention-cpu": Provider(
+        differentiated(attention("flash_attention_for_cpu")), ATTENTION, devices=("cpu",)
+    ),
+    "attention-flash": Provider(
+        differentiated(attention("flash_attention")),
+        ATTENTION,
+        devices=("cuda",),
+        why_not=half_and_narrow,
+    ),
+    "attention-cudnn": Provider(
+        differentiated(attention("cudnn_attention", None, True)),
+        f"{ATTENTION}, by cuDNN",
+        devices=("cuda",),
+        why_not=half_and_narrow,
+    ),
+    "checkpointed": Provider(
+        differentiated(checkpointed),
+        f"{CHUNK} rows at a time, whose logits are computed again in backward",
+    ),
+    "torch-chunked": Provider(
+        differentiated(torch_linear),
+        "`F.linear_cross_entropy(options=...)`",
+        why_not=no_linear_cross_entropy,
+    ),
+    "liger-kernel": Provider(
+        differentiated(liger),
+        "chunks of rows as small as N D / M, gradient made in forward",
+        package="liger_kernel",
+    ),
+    "cut-cross-entropy": Provider(
+        differentiated(cut_cross_entropy()),
+        "its default, which leaves small probabilities out of the gradient",
+        package="cut_cross_entropy",
+    ),
+    "cut-cross-entropy-exact": Provider(
+        differentiated(cut_cross_entropy(filter_eps=None)),
+        "`filter_eps=None`",
+        package="cut_cross_entropy",
+    ),
+    "inf-cl": Provider(
+        differentiated(inf_cl),
+        "always computes the gradient of the keys too, products in TF32",
+        package="inf_cl",
+    ),
+    "pytorch-metric-learning": Provider(
+        differentiated(metric_learning),
+        "`NTXentLoss` compares every positive pair with every negative pair: N x N M elements",
+        package="pytorch_metric_learning",
+        holds=quadratic_in_queries,
+    ),
+    "lightly": Provider(
+        differentiated(lightly),
+        "`NTXentLoss` with a memory bank: the positive counts twice, and its error is against that",
+        package="lightly",
+        holds=matrices(6),
+        finish=without_the_double,
+    ),
+    "plain-compiled": Provider(
+        differentiated(plain_compiled), "plain by `torch.compile`", compiled=True, holds=matrices(3)
+    ),
+    "cut-cross-entropy-compiled": Provider(
+        differentiated(cut_cross_entropy(impl="torch_compile")),
+        '`impl="torch_compile"`, its form without a kernel: all logits are held',
+        devices=("cpu",),
+        package="cut_cross_entropy",
+        compiled=True,
+        holds=matrices(3),
+    ),
 }
-PACKAGES = sorted({p.package for p in PROVIDERS.values() if p.package})
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m benchmarks peers`."""
-    report.add_arguments(parser)
-    parser.add_argument("--size", nargs=3, type=int, action="append", metavar=("N", "M", "D"))
-    parser.add_argument("--provider", choices=PROVIDERS, action="append", help="default: all")
-    parser.add_argument(
-        "--memory-limit",
-        type=float,
-        metavar="GiB",
-        help="leave out what would hold more; default: 10 on a CPU, 80 %% of the GPU's memory",
-    )
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=6.0,
-        help="seconds for the timed runs of a provider at a size; two runs are made in any case",
-    )
-    parser.add_argument(
-        "--longest",
-        type=float,
-        default=45.0,
-        metavar="SECONDS",
-        help="leave out what would take longer a run, by its pace at the sizes before; default: 45",
-    )
-    parser.add_argument("--measure-memory", nargs="+", help=argparse.SUPPRESS)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure every size with every provider, print, save and plot."""
-    # A pool of compiler processes would live on beside the timed runs.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    if arguments.measure_memory:
-        name, dtype, *words = arguments.measure_memory
-        sizes = [_size(words[i : i + 3]) for i in range(0, len(words), 3)]
-        print(*(_resident_rise(name, dtype, size) for size in sizes))
-        return 0
-    from tqdm import tqdm
-
-    device = arguments.device
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
-    sizes = [_size(size) for size in arguments.size or SIZES[device]]
-    names = arguments.provider or list(PROVIDERS)
-    limit = memory_limit(arguments.memory_limit, device)
-    records: list[dict[str, Any]] = []
-    with tqdm(total=(len(sizes) + 1) * len(names), unit="run", disable=None) as bar:
-        paces: dict[str, float] = {}
-        for size in sizes:
-            records += _measure(size, names, dtype, limit, arguments, paces, bar)
-        if device == "cpu":
-            _measure_memory(records, names, dtype, bar)
-    print(report.table([_row(record) for record in records]))
-    print("\n".join(report.skips(records)))
-    stem = f"peers_{device}_{dtype}"
-    more = {
-        "packages": {name: report.version(name) for name in PACKAGES},
-        "memory_limit_gib": limit / 2**30,
-    }
-    path = report.save(stem, records, device, arguments.output, **more)
-    plot(records, path.with_suffix(".png"))
-    plot_bars(records, path.with_name(f"{stem}_pcd.png"))
-    print(f"\n{json.dumps(report.machine(device))}\nwritten: {path} and its plots")
-    return 0
-
-
-def _size(numbers: Sequence[str | int]) -> Size:
-    rows, columns, width = map(int, numbers)
-    return rows, columns, width
-
-
-def memory_limit(gib: float | None, device: str) -> float:
-    """Bytes that a provider may hold."""
-    if gib is not None:
-        return gib * 2**30
-    if device == "cpu":
-        return 10 * 2**30
-    return 0.8 * torch.cuda.get_device_properties(0).total_memory
-
-
-def _measure(
-    size: Size,
-    names: list[str],
-    dtype: str,
-    limit: float,
-    arguments: argparse.Namespace,
-    paces: dict[str, float],
-    bar: Any,
-) -> list[dict[str, Any]]:
-    """Records of one size; `paces` keeps the seconds of a run over N M D."""
-    device = arguments.device
-    base: dict[str, Any] = dict(zip("NMD", size, strict=True)) | {"dtype": dtype}
-    torch.compiler.reset()  # each size is compiled for itself
-    small = _small(size[2], report.DTYPES[dtype], device)
-    problem = Problem.random(*size, report.DTYPES[dtype], device)
-    records: list[dict[str, Any]] = []
-    results = {}
-    for name in names:
-        bar.set_description(f"{size} {name}: warm up")
-        reason = why_not(name, small, device, limit, size)
-        reason = reason or _too_slow(name, size, paces, arguments.longest)
-        if reason is None:
-            try:
-                results[name] = PROVIDERS[name](problem)
-            except Exception as error:
-                if name.startswith("ours"):
-                    raise
-                reason = what_failed(error)
-        if reason is not None:
-            records.append({**base, "provider": name, "skipped": reason})
-        bar.update()
-    runs = {name: functools.partial(PROVIDERS[name], problem) for name in results}
-    bar.set_description(f"{size}: {arguments.rounds} rounds")
-    times = report.interleaved(runs, arguments.rounds, device, arguments.patience)
-    paces |= {name: statistics.median(taken) / math.prod(size) for name, taken in times.items()}
-    truths = {beside: truth(problem, beside=beside) for beside in {_beside(n) for n in results}}
-    for name, result in results.items():
-        record = {**base, "provider": name, "runs": len(times[name]), **report.spread(times[name])}
-        record["extra_bytes"] = (
-            report.extra_memory(runs[name], device, []) if device == "cuda" else 0
-        )
-        records.append(record | report.errors(result, truths[_beside(name)]))
-    return sorted(records, key=lambda record: names.index(record["provider"]))
-
-
-def _too_slow(name: str, size: Size, paces: dict[str, float], longest: float) -> str | None:
-    seconds = paces.get(name, 0.0) * math.prod(size)
-    if seconds <= longest:
-        return None
-    return f"would take about {seconds:.0f} s a run, above the limit of {longest:.0f} s"
-
-
-def _beside(name: str) -> bool:
-    return PROVIDERS[name].beside
-
-
-@functools.lru_cache(maxsize=8)
-def _small(width: int, dtype: torch.dtype, device: str) -> Problem:
-    return Problem.random(64, 96, width, dtype, device)
-
-
-def _measure_memory(records: list[dict[str, Any]], names: list[str], dtype: str, bar: Any) -> None:
-    """Fill in the extra memory, from one fresh process a provider."""
-    for name in names:
-        bar.set_description(f"{name}: memory")
-        mine = [r for r in records if r["provider"] == name and "skipped" not in r]
-        if mine:
-            sizes = [str(record[axis]) for record in mine for axis in "NMD"]
-            rises = report.fresh_process(["peers", "--measure-memory", name, dtype, *sizes])
-            for record, rise in zip(mine, rises, strict=True):
-                record["extra_bytes"] = rise
-        bar.update()
-
-
-def _resident_rise(name: str, dtype: str, size: Size) -> int:
-    provider = PROVIDERS[name]
-    provider(_small(size[2], report.DTYPES[dtype], "cpu"))  # load what is loaded once
-    problem = Problem.random(*size, report.DTYPES[dtype], "cpu")
-    if "compiled" in name:
-        provider(problem)
-    return report.resident_rise(lambda: provider(problem))
-
-
-def _row(record: dict[str, Any]) -> dict[str, str]:
-    row = {axis: str(record[axis]) for axis in "NMD"} | {"provider": record["provider"]}
-    return row | {"TFLOP/s": report.tflops(record)} | report.cells(record)
-
-
-def colour(name: str) -> Any:
-    """The same for a provider in every plot; ours stand out."""
-    import matplotlib
-
-    if name.startswith("ours"):
-        return "black" if name == "ours: torch" else "dimgrey"
-    return matplotlib.colormaps["tab20"](list(PROVIDERS).index(name))
-
-
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Time and extra memory against N, where M = N, at the width that has most sizes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    done = [r for r in records if "skipped" not in r and r["N"] == r["M"]]
-    widths = [r["D"] for r in done]
-    width = max(widths, key=widths.count, default=0)
-    ticks = sorted({r["N"] for r in done if r["D"] == width})
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for number, name in enumerate(PROVIDERS):
-        mine = sorted(
-            (r for r in done if r["provider"] == name and r["D"] == width), key=lambda r: r["N"]
-        )
-        style: dict[str, Any] = {"marker": "os^Dv*"[number % 6], "color": colour(name)}
-        style |= {"linewidth": 2.4 if name.startswith("ours") else 1.1, "markersize": 4}
-        if mine:
-            sizes = [r["N"] for r in mine]
-            axes[0].plot(sizes, [r["seconds"] for r in mine], label=name, **style)
-            memory = [max(r["extra_bytes"], 2**16) / 2**20 for r in mine]
-            axes[1].plot(sizes, memory, label=name, **style)
-    titles = ("time, forward + backward (s)", "extra peak memory (MiB)")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(xscale="log", yscale="log", xlabel=f"N = M, D = {width}", title=title)
-        axis.set_xticks(ticks, labels=[str(size) for size in ticks])
-        axis.set_xticks([], minor=True)
-        axis.grid(alpha=0.3)
-    if done:
-        axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def plot_bars(records: list[dict[str, Any]], path: Path) -> None:
-    """Time and extra memory of each provider with PCD's rows and keys, or else at the last size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    done = [r for r in records if "skipped" not in r]
-    sizes = [tuple(r[axis] for axis in "NMD") for r in done]
-    size = PCD if PCD in sizes else max(sizes, default=PCD)
-    mine = [r for r, its in zip(done, sizes, strict=True) if its == size]
-    mine.sort(key=lambda r: r["seconds"], reverse=True)
-    names = [r["provider"] for r in mine]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 0.35 * max(4, len(mine))), sharey=True)
-    figure.set_layout_engine("constrained")
-    values = ([r["seconds"] for r in mine], [max(r["extra_bytes"], 2**16) / 2**20 for r in mine])
-    titles = ("time, forward + backward (s)", "extra peak memory (MiB, logarithmic)")
-    for axis, numbers, title in zip(axes, values, titles, strict=True):
-        bars = axis.barh(names, numbers, color=[colour(name) for name in names])
-        labels = [f"{n:.3g}" if n < 1000 else f"{n:.0f}" for n in numbers]
-        axis.bar_label(bars, labels, padding=3, fontsize=8)
-        axis.set(title=title)
-        axis.margins(x=0.15)
-        axis.grid(axis="x", alpha=0.3)
-    axes[1].set_xscale("log")
-    figure.suptitle("N = {}, M = {}, D = {}".format(*size), fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+SUBJECT = Subject(
+    name="peers",
+    summary="the contrast by every library that can compute it",
+    columns={"N": "queries", "M": "keys, at least N", "D": "features"},
+    cases={
+        "cpu": [*((n, n, 128) for n in (4096, 256, 512, 1024, 2048, 8192)), PCD],
+        "cuda": [
+            (16384, 16384, 128),
+            PCD,
+            (1024, 1024, 128),
+            (16384, 16384, 256),
+            (16384, 16384, 2048),
+            (65536, 65536, 128),
+            (16384, 16384, 64),
+            (16384, 16384, 512),
+            (4096, 4096, 128),
+            (262144, 262144, 128),
+        ],
+    },
+    small=(48, 80, 16),
+    problem=problem,
+    providers=PROVIDERS,
+    truth=truth,
+    work=lambda case: 4.0 * case[0] * case[1] * case[2],
+)

@@ -10,35 +10,45 @@ import re
 import sys
 
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
-from benchmarks.kernels import Case, PatchCase, RowCase
+from benchmarks.kernel_calls import Call
+from benchmarks.kernels import Launch, record
 
-ALL = frozenset({"WITH_KEY", "HAS_MASK", "EXCLUDE", "SUBTRACT_MAX", "WITH_MAX"})
-CASES: dict[str, list[Case]] = {
+FULL = {"D": 16, "key_mask": True, "exclude": True}
+CALLS: dict[str, list[dict]] = {
     "row_lse": [
-        RowCase("row_lse", "sm_80", "bf16", 16, ALL),
-        RowCase("row_lse", "sm_80", "bf16", 16, ALL - {"HAS_MASK"}),
-        RowCase("row_lse_grad_keys", "sm_80", "bf16", 16, ALL),
+        FULL | {"max_logit": True, "unbounded": True},
+        FULL | {"max_logit": True, "unbounded": True, "key_mask": False},
+        FULL | {"grad_keys": True},
     ],
-    "patch_lse": [
-        PatchCase("sm_80", "fp32", 4, 8, 2, frozenset({"WITH_GRAD", "HAS_VALID", "WIDE"}))
-    ],
+    "patch_lse": [{"groups": 4, "width": 8, "patch": 2, "valid_mask": True, "far": True}],
 }
 
 
-def narrow_products(case: Case) -> list[str]:
+def narrow_products(launch: Launch) -> list[str]:
     """Names of the 32-bit products that may overflow."""
-    build = case.build()
-    # a stride that is known to be 1 makes no product
-    constants = {n: value for n, value in build.constants.items() if not n.startswith("stride_")}
+    kernel, arguments = launch.kernel, launch.arguments
+    # every other number may be anything: not specialised, so that no product is computed by the compiler
+    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
     constants |= {name: 16 for name in ("BN", "BM") if "BM" in constants}
-    names = [name for name in build.kernel.arg_names if name not in constants]
-    types = {name: build.types.get(name, "i32") for name in names}
-    source = ASTSource(build.kernel, types | dict.fromkeys(constants, "constexpr"), constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=build.options)
-    return _scan(built.asm["ttir"], names)
+    names = [name for name in kernel.arg_names if name not in constants]
+    types = {name: _type(arguments[name]) for name in names}
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    target = GPUTarget("cuda", 80, 32)
+    options = {
+        k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "maxnreg")
+    }
+    return _scan(triton.compile(source, target=target, options=options).asm["ttir"], names)
+
+
+def _type(value: object) -> str:
+    if isinstance(value, (Tensor, float)):
+        return mangle_type(value)
+    return "i32"
 
 
 def _scan(ttir: str, names: list[str]) -> list[str]:
@@ -80,6 +90,8 @@ def _scan(ttir: str, names: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    for case in CASES[sys.argv[1]]:
-        for name in narrow_products(case):
-            print(case.kernel, name)
+    operator = sys.argv[1]
+    for options in CALLS[operator]:
+        for launch in record(Call(operator, options), "sm_80"):
+            for name in narrow_products(launch):
+                print(launch.kernel.fn.__name__, name)

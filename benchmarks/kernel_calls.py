@@ -1,0 +1,150 @@
+"""The calls whose kernels `python -m benchmarks kernels` compiles: tensors have no data.
+
+Each operator has a function that calls it, and the arguments worth compiling, from the barest variant to
+the fullest.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .runner import DTYPES
+
+
+class Call(NamedTuple):
+    """One call of an operator: a function of this file and its arguments."""
+
+    operator: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        words = (k if v is True else f"{k}={v}" for k, v in self.options.items() if v is not False)
+        return " ".join(map(str, words))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the GPU that does not exist."""
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def row_lse(
+    dtype: str = "bfloat16",
+    D: int = 128,
+    values_only: bool = False,
+    key_mask: bool = False,
+    exclude: bool = False,
+    max_logit: bool = False,
+    unbounded: bool = False,
+    grad_keys: bool = False,
+) -> None:
+    """One pass, and with `grad_keys` the gradient of the keys."""
+    from pixdistill.ops.row_lse import row_lse_forward, row_lse_grad_keys
+
+    query, keys = (empty(1, n, D, dtype=DTYPES[dtype]) for n in (6272, 65536))
+    mask = empty(1, 65536, dtype=torch.bool) if key_mask else None
+    offset = 0 if exclude else None
+    if grad_keys:
+        rows = empty(1, 6272)
+        row_lse_grad_keys(rows, query, keys, 5.0, mask, offset, rows)
+        return
+    row_lse_forward(
+        query,
+        keys,
+        5.0,
+        mask,
+        offset,
+        logit_bound=None if unbounded else 5.0,
+        with_weighted_keys=not values_only,
+        with_max=max_logit,
+    )
+
+
+def _row_lse_calls() -> Iterator[dict[str, Any]]:
+    masks = {"key_mask": True, "exclude": True}
+    for dtype, D in itertools.product(("bfloat16", "float16", "float32"), (64, 128, 256)):
+        if (dtype, D) == ("float32", 256):  # wider than the kernel takes
+            continue
+        for more in (
+            {},
+            {"exclude": True},
+            {"values_only": True},
+            masks | {"max_logit": True},
+            masks | {"unbounded": True},
+            {"grad_keys": True},
+            masks | {"grad_keys": True},
+        ):
+            yield {"dtype": dtype, "D": D} | more
+
+
+def patch_lse(
+    dtype: str = "float32",
+    groups: int = 16,
+    width: int = 32,
+    patch: int = 4,
+    l2: bool = False,
+    all_others: bool = False,
+    valid_mask: bool = False,
+    strided: bool = False,
+    far: bool = False,
+    values_only: bool = False,
+) -> None:
+    """Margins of a map; `strided` stands for any strides, `far` for offsets beyond 2^31."""
+    from pixdistill.ops.patch_lse import triton_kernels
+
+    channels, size = groups * width, (15, 31) if strided else (16, 32)
+    student = empty(2, channels, *size, dtype=DTYPES[dtype])
+    if far:
+        student = student.as_strided(student.shape, (2**38, 2**28, 32, 1))
+    triton_kernels.patch_lse(
+        student,
+        student,
+        empty(2, *size, dtype=torch.bool) if valid_mask else None,
+        groups,
+        (patch, patch),
+        0.07,
+        "l2" if l2 else "l1",
+        "all_others" if all_others else "other_groups",
+        with_grad=not values_only,
+    )
+
+
+def _patch_lse_calls() -> Iterator[dict[str, Any]]:
+    mask = {"valid_mask": True}
+    for strided in (False, True):
+        layout = {"strided": True} if strided else {}
+        for groups, width, patch in (
+            (16, 32, 4),
+            (1, 512, 4),
+            (16, 32, 1),
+        ):  # omni, spatial, channel
+            if patch == 1 and not strided:
+                continue  # no four pixels of a patch are neighbours
+            size = {"groups": groups, "width": width, "patch": patch} | layout
+            size |= {"all_others": True} if groups == 1 else {}
+            yield size
+            yield size | {"values_only": True}
+            yield size | {"dtype": "bfloat16", "l2": True}
+            yield size | {"dtype": "float16", "all_others": True} | mask
+            if not strided:
+                yield size | {"l2": True, "all_others": True, "far": True} | mask
+        for width in (4, 8, 24, 64, 128, 256, 2048):
+            yield {"width": width} | mask | layout
+            yield {"width": width, "l2": True, "all_others": True} | mask | layout
+        yield {"width": 8, "patch": 8, "dtype": "bfloat16"} | mask | layout
+
+
+OPERATORS: dict[str, tuple[Callable[..., None], Callable[[], Iterator[dict[str, Any]]]]] = {
+    "row_lse": (row_lse, _row_lse_calls),
+    "patch_lse": (patch_lse, _patch_lse_calls),
+}
+"""Each operator: a function that calls it, and the arguments worth compiling."""
+
+
+def calls() -> list[Call]:
+    """Every entry of the launch tables, from the barest variant to the fullest."""
+    return [
+        Call(name, options) for name, (_, variants) in OPERATORS.items() for options in variants()
+    ]
