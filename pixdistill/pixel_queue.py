@@ -113,12 +113,7 @@ class PixelQueue(nn.Module):
 
     def enqueue_pooled(self, teacher_map: Tensor) -> None:
         """PCD's update: average the map `[B, dim, *spatial]` over space and enqueue the B vectors."""
-        _checks.floating("teacher_map", teacher_map)
-        if teacher_map.dim() < 3 or teacher_map.shape[1] != self.dim:
-            raise ValueError(
-                f"teacher_map must have shape [B, {self.dim}, *spatial]; "
-                f"got {tuple(teacher_map.shape)}"
-            )
+        _checks.map_nd("teacher_map", teacher_map, self.dim)
         dtype = torch.promote_types(teacher_map.dtype, torch.float32)
         self.enqueue(teacher_map.detach().flatten(2).mean(dim=2, dtype=dtype))
 

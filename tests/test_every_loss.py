@@ -59,7 +59,6 @@ PENDING = {
     "test_repr_shows_every_setting": ("AfDCDLoss", "MaskedDistillationLoss reduction"),
     "test_integers_may_be_of_numpy": ("MaskedDistillationLoss",),
     "test_pairs_may_be": ("AfDCDLoss",),
-    "test_modules_name": ("PixelHead", "MHSAPlugin", "SpatialAdaptor", "PixelQueue"),
     "test_functions_name": ("_loss", "patch_lse", "token_masks", "mask_", "pooled_", "float8-row"),
     "test_every_public_function": ("",),
     "test_an_axis_of_size_zero": (
@@ -1098,11 +1097,11 @@ def test_every_argument_but_the_maps_is_by_keyword(name):
 # --- Errors of modules and functions --------------------------------------------------------------
 
 ONE_INPUT = {
-    **{name: lambda x, name=name: build(name)(x) for name in MODULES},
+    **{name: lambda x, name=name: build(name)(x) for name in MODULES if name != "PixelHead"},
     "PixelQueue.enqueue": lambda x: PixelQueue(8, WIDTH).enqueue(x),
     "PixelQueue.enqueue_pooled": lambda x: PixelQueue(8, WIDTH).enqueue_pooled(x),
 }
-"""Everything that takes one tensor."""
+"""Everything that takes one tensor but PixelHead, whose layers are PyTorch's: torch.fx can trace them."""
 
 
 def input_of(name):
