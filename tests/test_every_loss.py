@@ -1101,7 +1101,7 @@ ONE_INPUT = {
     "PixelQueue.enqueue": lambda x: PixelQueue(8, WIDTH).enqueue(x),
     "PixelQueue.enqueue_pooled": lambda x: PixelQueue(8, WIDTH).enqueue_pooled(x),
 }
-"""Everything that takes one tensor but PixelHead, whose layers are PyTorch's: torch.fx can trace them."""
+"""Everything that takes one tensor but PixelHead, which torch.fx can trace: it has PyTorch's layers."""
 
 
 def input_of(name):
