@@ -268,6 +268,8 @@ def _map(
         return
     if last == 2 and (channels is None or channels == shape[2]):
         remedy = f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
+    elif last == 2 and channels == shape[1]:
+        remedy = f"For a flattened map, write {name}.unflatten(2, (H, W))."
     elif last + 1 in dims and channels == shape[-1]:
         remedy = f"For a channels-last map, write {name}.permute{(0, last, *range(1, last))}."
     wanted = "C" if channels is None else channels
@@ -280,7 +282,9 @@ def _remedy(student: Tensor, teacher: Tensor, *, channels: bool = True) -> str:
     s, t = tuple(student.shape), tuple(teacher.shape)
     if len(s) != len(t):
         if {len(s), len(t)} == {3, 4}:
-            name = "student" if len(s) == 3 else "teacher"
+            name, flat, whole = ("student", s, t) if len(s) == 3 else ("teacher", t, s)
+            if flat[1] == whole[1] and flat[2] == whole[2] * whole[3]:
+                return f"For a flattened map, write {name}.unflatten(2, {whole[2:]})."
             return f"For the tokens of a ViT, use tokens_to_map({name}, grid=(H, W))."
         return "Both need the same number of spatial axes."
     if not 3 <= len(s) <= 5:
@@ -291,9 +295,11 @@ def _remedy(student: Tensor, teacher: Tensor, *, channels: bool = True) -> str:
         if shape[2:] != other[2:] and permuted[2:] == other[2:] and permuted[0] == other[0]:
             return f"For a channels-last map, write {name}.permute{last_to_second}."
     if s[0] != t[0]:
+        whole = t[0] > 0 and s[0] % t[0] == 0
+        remedy = f"repeat_interleave({s[0] // t[0]}, dim=0)" if whole else "index_select(0, index)"
         return (
             f"The batch differs, {s[0]} against {t[0]}: pass one teacher map per student map, for "
-            "example teacher.repeat_interleave(n, dim=0) or teacher[index]."
+            f"example teacher.{remedy}."
         )
     remedies = []
     if channels and s[1] != t[1]:

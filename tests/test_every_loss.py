@@ -1011,6 +1011,15 @@ def test_tokens_suggest_tokens_to_map(name, side):
 
 @direct
 @sides
+def test_flattened_maps_suggest_unflatten(name, side):
+    arguments = given(name, **{side: lambda x: x.flatten(2)})
+    message = message_of(name, arguments, ValueError)
+    size = "(6, 8)" if "(6, 8)" in message else "(H, W)"
+    call(name, remedied(message, f"{side}.unflatten(2, {size})", arguments, side))
+
+
+@direct
+@sides
 @pytest.mark.parametrize("axis", [0, 2, 3])
 def test_shapes_that_differ_are_named_with_a_remedy_that_fits(name, side, axis):
     """A batch is never to be resized; a size is."""
@@ -1023,10 +1032,8 @@ def test_shapes_that_differ_are_named_with_a_remedy_that_fits(name, side, axis):
         assert "interpolate" not in message
         assert "batch" in message
         if side == "student":
-            n, remedy = 2, "teacher.repeat_interleave(n, dim=0)"
-            assert remedy in message
-            fixed = arguments["teacher"].repeat_interleave(n, dim=0)
-            call(name, arguments | {"teacher": fixed})
+            remedy = "teacher.repeat_interleave(2, dim=0)"
+            call(name, remedied(message, remedy, arguments, "teacher"))
     else:
         size = tuple(arguments["teacher"].shape[2:])
         remedy = f"F.interpolate(student, {size}, mode='bilinear')"
