@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ from . import gauges
 from .sheet import RESULTS, Record, Sheet, label
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LONG = 0.02  # seconds of a call that keeps a GPU busy in any case: its own time is the call's
+LONG = {"cpu": 1.0, "cuda": 0.02}  # seconds of a call whose launches cost nothing beside its work
 
 Case = tuple[Any, ...]
 
@@ -141,11 +142,11 @@ class Row:
         first = gauges.sample(self.call, self.device)
         if self.device == "cpu":  # one short call is too short for the clock
             self.repeats = max(1, min(100, int(5e-3 / first.seconds)))
-        if first.seconds < 1:
+        if first.seconds < LONG[self.device]:
             self.record["launches"] = gauges.launches(self.call, self.device)
         self.time()
         if self.device == "cuda":
-            if first.seconds < LONG:
+            if first.seconds < LONG["cuda"]:
                 self.record |= gpu_time(self.call, first.host, graph)
             self.record |= gauges.cuda_memory(self.call)._asdict()
 
@@ -267,7 +268,7 @@ def what_failed(error: Exception) -> str:
     said = str(error).strip().partition("\n")[0]
     if not said:
         said = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return f"{type(error).__name__}: {said}"
+    return textwrap.shorten(f"{type(error).__name__}: {said}", 200)
 
 
 # --- Other processes ------------------------------------------------------------------------------
