@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,9 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
             _SERVER.Process(target=_rank, args=(rank, world, folder, function, arguments))
             for rank in range(world)
         ]
-        for process in ranks:
-            process.start()
+        with _on_the_cpu():
+            for process in ranks:
+                process.start()
         for process in ranks:
             process.join(_PATIENCE)
         late = [process for process in ranks if process.is_alive()]
@@ -55,6 +56,18 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
         assert not late, f"{len(late)} of {world} ranks hang"
         assert [process.exitcode for process in ranks] == [0] * world
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
+
+
+@contextlib.contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    """What the server inherits: gloo and FSDP would take a GPU where there is one."""
+    before = dict(os.environ)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def results(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
