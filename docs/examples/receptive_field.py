@@ -2,23 +2,22 @@
 
     python docs/examples/receptive_field.py
 
-The student is a small ResNet for 96 x 96 images: 28,548 parameters, a 12 x 12 map. Freshly plugged in,
-the plug-in is the identity, so both must learn something first. Each image shows a disc of one of
-eight colours anywhere on smooth noise, and every pixel of the map is to name that colour: a task that
-needs distant pixels, chosen so that attention has a use. For every seed the student is trained twice,
-from the same weights on the same images, without the plug-in and with it.
+The student is a small ResNet for 96 x 96 images, with 28,548 parameters and a 12 x 12 map. A new plug-in
+is the identity, so both students are trained first. Each image shows a disc of one of eight colours
+anywhere on smooth noise, and every pixel of the map has to predict that colour. The task needs distant
+pixels, so that attention is useful. For every seed the student is trained twice, from the same weights
+on the same images, without the plug-in and with it.
 
-The effective receptive field is the size of the gradient of the middle pixel of the map (a random
-combination of its channels, before the classifier) with respect to the input, averaged over images and
-seeds. The script prints how much of it lies where, and draws it. It takes about half a minute on one
-CPU core.
+The effective receptive field is the norm of the gradient of the map's middle pixel (a random combination
+of its channels, before the classifier) with respect to the input, averaged over images and seeds. The
+script prints how it is distributed, and draws it. It takes about half a minute on one CPU core.
 
     python docs/examples/receptive_field.py --cost
 
-measures instead what full attention and `key_stride` cost on a map of 128 x 256 pixels:
+measures the cost of full attention and of `key_stride` on a map of 128 x 256 pixels instead:
 processor seconds and extra peak memory, forward and backward, each in a fresh process (Linux only).
 
-Besides pixdistill it needs matplotlib and tqdm.
+It needs matplotlib and tqdm besides pixdistill.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from tqdm import tqdm
 from pixdistill import MHSAPlugin, plug
 
 IMAGE, CHANNELS, CLASSES = 96, 32, 8
-STRIDE, REACH = 8, 47  # of the student: pixels between two outputs, and the width that one can see
+STRIDE, REACH = 8, 47  # of the student: pixels between outputs, and the width of what one sees
 BATCH, PEAK_RATE = 8, 6e-3
 TITLES = {
     "untrained": "before training, with it or without",
@@ -51,7 +50,7 @@ COLOURS = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)  # [8, 3]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, as in ResNet."""
+    """Two 3x3 convolutions with a shortcut, as in ResNet."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -68,7 +67,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the convolutions found to what came in."""
+        """Add the shortcut to the convolutions' output."""
         return (self.body(x) + self.shortcut(x)).relu()
 
 
@@ -85,7 +84,7 @@ class Student(nn.Module):
         self.classify = nn.Conv2d(CHANNELS, CLASSES, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """The map; with a plug-in on `layer3`, what that makes of it."""
+        """The map, which is the plug-in's output where `layer3` has one."""
         return self.layer3(self.layer2(self.layer1(self.stem(images))))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class Student(nn.Module):
 
 
 def draw_images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Smooth noise with a disc, and the number of the disc's colour."""
+    """Smooth noise with a disc, and the index of the disc's colour."""
     noise = torch.randn(count, 3, IMAGE // 8, IMAGE // 8, generator=generator)
     images = 0.6 * F.interpolate(noise, size=IMAGE, mode="bilinear")
     colours = torch.randint(CLASSES, (count,), generator=generator)
@@ -106,17 +105,17 @@ def draw_images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def train(seed: int, steps: int, plugged: bool) -> Student:
-    """Train a student; the seed alone decides its weights and its images."""
+    """Train a student; weights and images depend on the seed alone."""
     torch.manual_seed(seed)
     student = Student()
     if plugged:
         plug(student, "layer3", MHSAPlugin(CHANNELS, num_heads=4))
     optimizer = torch.optim.AdamW(student.parameters(), PEAK_RATE)
-    # No fewer than ten, because OneCycleLR divides by the length of its phases.
+    # At least ten, because OneCycleLR divides by the length of its phases.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, max(steps, 10))
     generator = torch.Generator().manual_seed(seed)
     title = f"seed {seed}, {'with' if plugged else 'without'}"
-    # disable=None shows the bar on a terminal only, which keeps logs readable.
+    # disable=None shows the bar on a terminal only.
     for _ in tqdm(range(steps), desc=title, unit="step", leave=False, disable=None):
         images, colours = draw_images(BATCH, generator)
         logits = student(images)
@@ -129,7 +128,7 @@ def train(seed: int, steps: int, plugged: bool) -> Student:
 
 
 def receptive_field(student: Student, images: Tensor) -> Tensor:
-    """Mean size `[96, 96]` of the gradient of the map's middle pixel; it sums to one."""
+    """Mean norm `[96, 96]` of the gradient of the map's middle pixel, normalised to sum to one."""
     generator = torch.Generator().manual_seed(0)
     images = images.clone().requires_grad_()
     features = student.features(images)
@@ -141,21 +140,21 @@ def receptive_field(student: Student, images: Tensor) -> Tensor:
 
 
 def accuracy(student: Student, images: Tensor, colours: Tensor) -> float:
-    """Share of the map's pixels that name the colour, in percent."""
+    """Fraction of the map's pixels that predict the colour, in percent."""
     with torch.no_grad():
         right = student(images).argmax(1) == colours.view(-1, 1, 1)
     return 100 * right.float().mean().item()
 
 
 def distances() -> Tensor:
-    """Distance `[96, 96]` of each input pixel from the one that the middle of the map stands on."""
+    """Distance `[96, 96]` of each input pixel from that at the middle of the map."""
     middle = IMAGE // STRIDE // 2 * STRIDE
-    places = torch.arange(IMAGE) - middle
-    return (places.square()[:, None] + places.square()).float().sqrt()
+    offsets = torch.arange(IMAGE) - middle
+    return (offsets.square()[:, None] + offsets.square()).float().sqrt()
 
 
 def compare(seeds: int, steps: int, count: int) -> dict[str, Tensor]:
-    """Train and look; print where each receptive field lies, and return them."""
+    """Train the students; print how each receptive field is distributed, and return them."""
     images, colours = draw_images(count, torch.Generator().manual_seed(10_000))
     fields: dict[str, Tensor] = {}
     scores: dict[str, float] = {}
@@ -171,8 +170,8 @@ def compare(seeds: int, steps: int, count: int) -> dict[str, Tensor]:
     near = distances().flatten().argsort()
     square = inside_reach()
     for name, field in fields.items():
-        shares = field.flatten()[near].cumsum(0)
-        radii = [distances().flatten()[near][(shares < part).sum()] for part in (0.5, 0.9)]
+        within = field.flatten()[near].cumsum(0)
+        radii = [distances().flatten()[near][(within < part).sum()] for part in (0.5, 0.9)]
         outside = 100 * field[~square].sum()
         print(
             f"{name:<18}{radii[0]:10.1f} px{radii[1]:10.1f} px{outside:8.1f} %{scores[name]:7.1f} %"
@@ -182,13 +181,13 @@ def compare(seeds: int, steps: int, count: int) -> dict[str, Tensor]:
 
 def inside_reach() -> Tensor:
     """The input pixels `[96, 96]` that the student's convolutions reach from the middle."""
-    places = torch.arange(IMAGE) - IMAGE // STRIDE // 2 * STRIDE
-    inside = places.abs() <= REACH // 2
+    offsets = torch.arange(IMAGE) - IMAGE // STRIDE // 2 * STRIDE
+    inside = offsets.abs() <= REACH // 2
     return inside[:, None] & inside
 
 
 def draw(fields: dict[str, Tensor], path: Path) -> None:
-    """The fields on one scale, and how much of each lies within a radius."""
+    """The fields on one scale, and the fraction of each within a radius."""
     figure = Figure(figsize=(9.4, 7.6), layout="constrained")
     *maps, curves = figure.subplots(2, 2).flat
     peak = float(max(field.max() for field in fields.values()))
@@ -205,9 +204,9 @@ def draw(fields: dict[str, Tensor], path: Path) -> None:
             distances().flatten()[near], 100 * field.flatten()[near].cumsum(0), label=TITLES[name]
         )
         bar = figure.colorbar(picture, ax=axis)
-        bar.set_label("share of the gradient at a pixel")
+        bar.set_label("fraction of the gradient at a pixel")
     curves.set(xlim=(0, 68), ylim=(0, 101))
-    curves.set(xlabel="radius, input pixels", ylabel="share of the gradient within it, %")
+    curves.set(xlabel="radius, input pixels", ylabel="fraction of the gradient within it, %")
     curves.legend(loc="lower right", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
