@@ -1,5 +1,6 @@
 """Truths derived without the library, and comparisons that must fail when they should."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -7,13 +8,14 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -184,19 +186,20 @@ class LargestTensor(TorchDispatchMode):
         return results
 
 
-class _CountedOperators(TorchDispatchMode):
-    """Counts the operators that would launch a kernel: neither views nor allocations."""
+class _Operators(TorchDispatchMode):
+    """Names of the operators that would launch a kernel: neither views nor allocations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        returns = func._schema.returns
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         name = func._schema.name.removeprefix("aten::")
-        free = name.startswith(("empty", "new_empty", "promote_types", "pixdistill::"))
-        if not view and not free:
+        aliases = [result.alias_info for result in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not view and not name.startswith(
+            ("empty", "new_empty", "promote_types", "pixdistill::")
+        ):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -206,30 +209,18 @@ def launches(call) -> list[str]:
 
     Kernels are counted under Triton's interpreter as on a GPU. `len` of it is what tests hold.
     """
-    counted = _CountedOperators()
-    patched = []
-    if "triton" in sys.modules:
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
+    with _Operators() as counted, contextlib.ExitStack() as patches:
+        if "triton" in sys.modules:
+            from triton.runtime.interpreter import InterpretedFunction
+            from triton.runtime.jit import JITFunction
 
-        for kind in (InterpretedFunction, JITFunction):
-            original = kind.run
+            for kind in (InterpretedFunction, JITFunction):
 
-            def run(self, *args, original=original, **kwargs):
-                counted.names.append(self.fn.__name__)
-                from torch.utils._python_dispatch import _disable_current_modes
+                def run(self, *args, original=kind.run, **kwargs):
+                    counted.names.append(self.fn.__name__)
+                    with _disable_current_modes():  # the interpreter copies tensors to the host
+                        return original(self, *args, **kwargs)
 
-                with (
-                    _disable_current_modes()
-                ):  # the interpreter copies tensors to the host and back
-                    return original(self, *args, **kwargs)
-
-            patched.append((kind, original))
-            kind.run = run
-    try:
-        with counted:
-            call()
-    finally:
-        for kind, original in patched:
-            kind.run = original
+                patches.enter_context(mock.patch.object(kind, "run", run))
+        call()
     return counted.names
