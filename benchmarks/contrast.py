@@ -19,6 +19,7 @@ from .runner import Case, Provider, Subject, autocast
 
 TEMPERATURE = 0.2
 NEGATIVES = ("batch", "queue", "both")
+BLOCK = 1024  # pixels whose logits fit in float64
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def truth(problem: Problem) -> tuple[Tensor, Tensor]:
     student = problem.student.double().requires_grad_()
     teacher, unit = rows(problem.teacher.double()), rows(student)
     grads, total = [], teacher.new_zeros(())
-    for first in range(0, len(unit), 1024):
-        block = unit[first : first + 1024].detach().requires_grad_()
+    for first in range(0, len(unit), BLOCK):
+        block = unit[first : first + BLOCK].detach().requires_grad_()
         loss = cross_entropy(block, teacher, problem, first, "sum") / len(unit)
         grads.append(torch.autograd.grad(loss, block)[0])
         total += loss.detach()
