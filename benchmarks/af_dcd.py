@@ -9,15 +9,14 @@ is the formula as it is written: rearranged copies, all distances of a patch by 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from pixdistill import AfDCDLoss
-from pixdistill.af_dcd import _pool
-from pixdistill.functional import patch_lse
+from pixdistill import AfDCDLoss, functional
 
 from .runner import Case, Provider, Subject, autocast
 
@@ -76,12 +75,12 @@ def plain_contrast(student: Tensor, teacher: Tensor, pool: int) -> Tensor:
 
 def our_contrast(student: Tensor, teacher: Tensor, pool: int) -> Tensor:
     """The contrast of `AfDCDLoss`."""
-    if pool > 1:
-        student, teacher = (_pool(x, (pool, pool), None, whole=True) for x in (student, teacher))
-    margin = patch_lse(
-        student, teacher, groups=GROUPS, patch=(PATCH, PATCH), temperature=TEMPERATURE
-    )
-    return F.softplus(margin, threshold=40).sum() / student[:, 0].numel()
+    if hasattr(functional, "af_dcd_loss"):
+        weights = {"mimic_weight": 0.0, "contrast_weight": 1.0}
+        return functional.af_dcd_loss(student, teacher, pool_size=pool, **weights)
+    terms: Any = functional
+    weights = {"num_groups": GROUPS, "patch_size": PATCH, "pool_size": pool}
+    return terms.af_dcd_terms(student, teacher, **weights).contrast
 
 
 def rebuilt(module: AfDCDLoss, student: Tensor, drop_mask: Tensor) -> Tensor:
