@@ -23,6 +23,11 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "torch", "triton")
 
 
+def not_in_torch_2_6(what: str) -> pytest.MarkDecorator:
+    """Skip with the oldest torch that is supported, which lacks something that a test needs."""
+    return pytest.mark.skipif(torch.__version__.startswith("2.6."), reason=f"torch 2.6: {what}")
+
+
 def python_blocks(markdown: str) -> list[str]:
     """The programs of a page."""
     return re.findall(r"^```python\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
