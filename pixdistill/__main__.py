@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import __version__
+from .masked_distillation import masked_distillation_loss
 from .ops.backend import Backend
 from .ops.patch_lse import patch_lse
 from .ops.row_lse import row_lse
@@ -25,6 +26,9 @@ from .pixel_contrast import PixelContrastLoss
 Call = Callable[[Tensor, Tensor, Backend], Tensor]
 OPERATORS: dict[str, Call] = {
     "contrast": lambda s, t, backend: PixelContrastLoss(backend=backend)(s, t),
+    "masked_distance": lambda s, t, backend: masked_distillation_loss(
+        s, t, t[:, :3].sigmoid(), backend=backend
+    ),
     "row_lse": lambda s, t, backend: row_lse(
         s.flatten(2).mT, t.flatten(2).mT, 0.5, exclude_offset=3, backend=backend
     ),

@@ -1,42 +1,44 @@
 """The masked feature loss (MasKD, ICLR 2023, arXiv 2205.14589).
 
-With masks m_k and token weights w_k that frozen tokens k read off the teacher's map t, the loss of an
+With masks m_t and token weights w_t that frozen tokens t compute from the teacher's map, the loss of an
 image with channels c and pixels p is
 
-    sum_k w_k * mean_c sum_p (m_kp (s_cp - t_cp))^2 / (sum_p m_kp + eps) = sum_p a_p d_p,
+    sum_t w_t * mean_c sum_p (m_tp (s_cp - t_cp))^2 / (sum_p m_tp + eps).
 
-    a_p = sum_k w_k m_kp^2 / (sum_p m_kp + eps),    d_p = mean_c (s_cp - t_cp)^2.
-
-Summing the channels first leaves nothing with both axes, tokens and channels, and the gradient with
-respect to the student is one more pass over the maps, 2 a_p (s_cp - t_cp) / C.
+`ops/masked_distance` computes it; this file finds the levels, checks and aligns their maps, and adds.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import _checks
-from .ops.backend import detached, sum_dtype
+from ._levels import are_several, by_key, check_level, container, in_order
+from .ops.backend import BACKENDS, Backend
+from .ops.masked_distance import Distance, Masks, Tokens, masked_distance
 from .receptive_tokens import MaskedReceptiveTokens
 
-REDUCTIONS = ("mean", "sum", "none")
-
-# Numbers of a block of rows, which a pass keeps in cache: 2 MiB on a CPU, 16 MiB on a GPU.
-_CPU_BLOCK, _CUDA_BLOCK = 2**19, 2**22
+Reduction = Literal["mean", "sum", "none"]
+Maps = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""One map, or one per level."""
 
 
 class MaskedDistillationComponents(NamedTuple):
-    """What `MaskedDistillationLoss.components` returns; both carry the gradient."""
+    """What `MaskedDistillationLoss` returns with `return_components=True`."""
 
     loss: Tensor
-    """The loss that `forward` returns."""
+    """The loss that `forward` returns otherwise."""
     levels: Tensor
-    """The loss of each level `[L]` (`[L, B]` for `reduction="none"`); `loss` is their sum."""
+    """The loss of each level `[L]`, with its gradient; `[L, B]` for `reduction="none"`."""
+    areas: Tensor
+    """The fraction of valid pixels that each mask covers `[L, T]`: the mean of the masks in use over the
+    batch. NaN where a level has fewer tokens than another."""
 
 
-def masked_distance(
+def masked_distillation_loss(
     student: Tensor,
     teacher: Tensor,
     masks: Tensor,
@@ -44,10 +46,12 @@ def masked_distance(
     *,
     eps: float = 1e-5,
     valid_mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
-    """The masked squared distance of each image `[B]`, differentiable (twice) in the student.
+    """The distance of student and teacher under given masks, differentiable in the student.
 
-    It equals this, without the tensor of five axes:
+    For each image it equals this, without the tensor of five axes:
 
         masked = masks.unsqueeze(2) * (student - teacher).unsqueeze(1)  # [B, T, C, H, W]
         (weights * masked.square().sum((3, 4)).mean(2) / (masks.sum((2, 3)) + eps)).sum(1)
@@ -56,68 +60,69 @@ def masked_distance(
         student, teacher: `[B, C, H, W]`; the teacher is detached.
         masks: `[B, T, H, W]`, not negative; detached.
         weights: `[B, T]`, detached; None for 1/T.
-        eps: added to the sum of a mask. A mask that is zero everywhere adds nothing, also for 0.
-        valid_mask: `[B, H, W]` bool. A pixel that is False is neither compared nor counted in the sum
+        eps, reduction, backend: as in `MaskedDistillationLoss`.
+        valid_mask: `[B, H, W]` bool. A pixel that is False is neither compared nor counted in the area
             of a mask, and may hold NaN.
 
     Returns:
-        `[B]`, float64 for a float64 student and float32 otherwise.
+        A scalar, or `[B]` for `reduction="none"`; float64 for a float64 student and float32 otherwise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
+
+    Example:
+        >>> student, teacher = torch.randn(2, 2, 16, 8, 8)
+        >>> masked_distillation_loss(student, teacher, torch.rand(2, 4, 8, 8)).shape
+        torch.Size([])
     """
     _checks.map_2d("teacher", teacher)
-    _checks.map_2d("student", student, teacher.shape[1])
-    _checks.same_pixels("student", student, teacher)
-    _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
+    check_level(student, teacher, valid_mask, teacher.shape[1])
     _checks.map_2d("masks", masks)
     _checks.same_pixels("masks", masks, teacher)
     _checks.token_weights(weights, masks)
-    _checks.nonnegative("eps", eps)
-    dtype = sum_dtype(student)
-    with torch.no_grad():
-        shares = 1 / masks.shape[1] if weights is None else weights.to(dtype)
-        attention = _attention(masks.to(dtype), shares, eps, valid_mask)
-    teacher = detached(teacher)
-    valid_mask = None if valid_mask is None else detached(valid_mask)
-    if not torch.compiler.is_compiling():
-        return _MaskedDistance.apply(student, teacher, attention, valid_mask)
-    # A compiler fuses the plain formula and its gradient by itself.
-    square = _gap(student, teacher, dtype, valid_mask).square()
-    return (attention * square.sum(dim=1)).sum(dim=(1, 2)) / student.shape[1]
+    return masked_distance(
+        student,
+        teacher,
+        Masks(masks, weights),
+        valid_mask=valid_mask,
+        eps=_checks.nonnegative("eps", eps),
+        reduction=_checks.choice("reduction", reduction, get_args(Reduction)),
+        backend=_checks.choice("backend", backend, BACKENDS),
+    ).loss
 
 
 class MaskedDistillationLoss(nn.Module):
     """The distance of student and teacher where the tokens' masks are: `loss(student, teacher)`.
 
-    MasKD for detection: FPN levels, 6 weighted tokens each, an alignment, `eps=0`, `customize_after`
-    from 5000 to 8500, and the loss times 1 (two-stage), 7 (RetinaNet) or 10 (FCOS, RepPoints). For
-    segmentation: logits, 8 tokens with `weighted=False`, the defaults here, and the loss times 0.5.
+    The defaults are those of MasKD for segmentation, which takes the loss times 0.5. The page "Masked
+    distillation" has the settings for detection.
 
     Args:
-        tokens: a `MaskedReceptiveTokens`, or a sequence of them, one a level. They become submodules
-            and are frozen: `requires_grad` is set to False, and no gradient is computed for them.
-        student_channels: width of the student's maps, an int or one a level. When given, `align` holds
-            a 1x1 convolution to the teacher's width a level. It trains with the student, so the
-            optimizer needs `loss.align.parameters()`.
+        tokens: a `MaskedReceptiveTokens`, or one per level, as a sequence or as a mapping with the keys
+            of the maps. They become submodules and are frozen: `requires_grad` is set to False, and no
+            gradient is computed for them.
+        student_channels: width of the student's maps, one for all or one per level. When given,
+            `align` holds a 1x1 convolution to the teacher's width for each level. It trains with the
+            student, so the optimizer needs `loss.align.parameters()`. Its modules may be replaced.
         customize_after: n >= 0: once `step` has been called n times, masks are multiplied by the
             student's own, through which no gradient goes. None: never.
-        eps: added to the sum of a mask, >= 0. A mask that is zero everywhere adds nothing, also for 0,
+        eps: added to the area of a mask, >= 0. A mask that is zero everywhere adds nothing, also for 0,
             where the official code has NaN.
-        reduction: "mean" over images that have a valid pixel, "sum", or "none" for a loss an image.
+        reduction: "mean" over images that have a valid pixel, "sum", or "none" for a loss per image.
+        backend: "triton" has the fused kernels, "torch" the chunked form, "reference" plain autograd.
+            "auto" takes the kernels on a GPU and the chunked form elsewhere.
 
-    Shapes: student and teacher `[B, C, H, W]`, or sequences of such maps, one a level, whose losses
-    are added. `valid_mask` `[B, H, W]` bool, True = used; for a sequence of maps a sequence of masks
-    or None. A pixel that is False counts as deleted: in the masks, their sums, and the token weights.
+    Shapes: student and teacher `[B, C, H, W]`, or one such map per level, as a sequence or mapping;
+    the losses of the levels are added. `valid_mask` `[B, H, W]` bool, True = used, or a mask or None
+    per level. A pixel that is False counts as deleted: in masks, areas and token weights.
 
-    `forward` has no side effects, so it may run several times an optimizer step. Call `step` once
+    `forward` has no side effects, so it may run several times per optimizer step. Call `step` once
     after each `optimizer.step()` when `customize_after` is given; the count is the buffer `steps`.
-    Whether it has passed n is decided on the device: nothing synchronises or recompiles then, but the
-    student's masks are computed from the start (one pass over the student's map).
+    Whether it has passed n is decided on the device, so nothing synchronises or recompiles then.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit; the message names the argument.
-        RuntimeError: PyTorch's own, under `torch.func.grad`, `vmap` and `jvp`.
+        ValueError, TypeError: for arguments that do not fit; the message names argument and level.
+        RuntimeError: under `torch.func.grad`, `vmap` and `jvp`, unless the backend is "reference".
 
     Example:
         >>> tokens = MaskedReceptiveTokens(16, num_tokens=4)
@@ -132,28 +137,43 @@ class MaskedDistillationLoss(nn.Module):
 
     def __init__(
         self,
-        tokens: MaskedReceptiveTokens | Sequence[MaskedReceptiveTokens] | nn.ModuleList,
+        tokens: MaskedReceptiveTokens
+        | Sequence[MaskedReceptiveTokens]
+        | Mapping[str, MaskedReceptiveTokens]
+        | nn.ModuleList
+        | nn.ModuleDict,
         *,
-        student_channels: int | Sequence[int] | None = None,
+        student_channels: int | Sequence[int] | Mapping[str, int] | None = None,
         customize_after: int | None = None,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _checks.nonnegative("eps", eps)
-        _checks.choice("reduction", reduction, REDUCTIONS)
+        levels = by_key(tokens)
+        if not levels or not all(isinstance(x, MaskedReceptiveTokens) for x in levels.values()):
+            got = ", ".join(type(x).__name__ for x in levels.values()) or "none"
+            raise TypeError(
+                "tokens must be a MaskedReceptiveTokens, or a sequence or mapping of them, one per "
+                f"level; got {got}"
+            )
+        self.tokens = container(levels).requires_grad_(False)
+        self.student_channels: tuple[int, ...] | None = None
+        self.align: nn.ModuleList | nn.ModuleDict | None = None
+        if student_channels is not None:
+            if not isinstance(student_channels, (Sequence, Mapping)):
+                student_channels = dict.fromkeys(levels, student_channels)
+            widths = in_order("student_channels", student_channels, list(levels))
+            self.student_channels = tuple(_checks.integer("student_channels", w) for w in widths)
+            pairs = zip(self.student_channels, levels.values(), strict=True)
+            layers = [_Align(width, level.channels, kernel_size=1) for width, level in pairs]
+            self.align = container(dict(zip(levels, layers, strict=True)))
         if customize_after is not None:
-            _checks.integer("customize_after", customize_after, minimum=0)
-        levels = _token_levels(tokens)
-        self.tokens = nn.ModuleList(levels).requires_grad_(False)
-        self.student_channels = _widths(student_channels, len(levels))
-        self.align = None
-        if self.student_channels is not None:
-            pairs = zip(self.student_channels, levels, strict=True)
-            self.align = nn.ModuleList(nn.Conv2d(w, level.channels, 1) for w, level in pairs)
+            customize_after = _checks.integer("customize_after", customize_after, minimum=0)
         self.customize_after = customize_after
-        self.eps = eps
-        self.reduction = reduction
+        self.eps = _checks.nonnegative("eps", eps)
+        self.reduction = _checks.choice("reduction", reduction, get_args(Reduction))
+        self.backend = _checks.choice("backend", backend, BACKENDS)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -168,176 +188,80 @@ class MaskedDistillationLoss(nn.Module):
 
     def forward(
         self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
+        student: Maps,
+        teacher: Maps,
         *,
-        valid_mask: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        """The loss, added up over levels; a scalar unless `reduction="none"`, `[B]` then."""
-        return self.components(student, teacher, valid_mask=valid_mask).loss
-
-    def components(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        *,
-        valid_mask: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> MaskedDistillationComponents:
-        """The loss, and its value at each level."""
-        count = len(self.tokens)
-        students = _levels("student", student, count)
-        teachers = _levels("teacher", teacher, count)
-        valid = (None,) * count if valid_mask is None else _levels("valid_mask", valid_mask, count)
-        levels = torch.stack(
-            [self._level(i, students[i], teachers[i], valid[i]) for i in range(count)]
-        )
-        return MaskedDistillationComponents(levels.sum(dim=0), levels)
+        valid_mask: Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None] | None = None,
+        return_components: bool = False,
+    ) -> Tensor | MaskedDistillationComponents:
+        """The loss, added up over levels: a scalar, or `[B]` for `reduction="none"`."""
+        keys = list(by_key(self.tokens))
+        if 0 in keys and isinstance(student, Mapping) and isinstance(teacher, Mapping):
+            keys = list(teacher) if len(teacher) == len(keys) else keys  # the tokens have no names
+        students, teachers = in_order("student", student, keys), in_order("teacher", teacher, keys)
+        masks = dict.fromkeys(keys) if valid_mask is None else valid_mask
+        masks = in_order("valid_mask", masks, keys)
+        bare = not (are_several(student) or are_several(teacher))
+        results = [
+            self._distance(i, "" if bare else f"[{key!r}]", students[i], teachers[i], masks[i])
+            for i, key in enumerate(keys)
+        ]
+        if len(results) == 1 and not return_components:
+            return results[0].loss
+        losses = torch.stack([result.loss for result in results])
+        loss = losses.sum(dim=0)
+        if not return_components:
+            return loss
+        areas = [r.areas.sum(dim=0) / r.pixels.sum().clamp_min(1) for r in results]
+        padded = pad_sequence(areas, batch_first=True, padding_value=torch.nan)
+        return MaskedDistillationComponents(loss, losses, padded)
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
         return (
             f"student_channels={self.student_channels}, customize_after={self.customize_after}, "
-            f"eps={self.eps:g}, reduction={self.reduction!r}"
+            f"eps={self.eps:g}, reduction={self.reduction!r}, backend={self.backend!r}"
         )
 
-    def _level(
-        self, level: int, student: Tensor, teacher: Tensor, valid_mask: Tensor | None
-    ) -> Tensor:
-        tokens = self.tokens[level]
-        assert isinstance(tokens, MaskedReceptiveTokens)
-        _checks.map_2d("teacher", teacher, tokens.channels)
-        if self.student_channels is None:
-            _checks.map_2d(
-                "student", student, tokens.channels, ". Give student_channels to align it."
-            )
-        else:
-            _checks.map_2d("student", student, self.student_channels[level])
-        _checks.same_pixels("student", student, teacher)
-        _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
-        teacher = detached(teacher)
+    def _distance(
+        self, level: int, where: str, student: Tensor, teacher: Tensor, valid_mask: Tensor | None
+    ) -> Distance:
+        """The distance at one level; `where` follows the names of arguments in errors."""
+        tokens = list(by_key(self.tokens).values())[level]
+        width, remedy = tokens.channels, "Give student_channels to align it."
+        if self.student_channels is not None:
+            width, remedy = self.student_channels[level], ""
+        _checks.map_2d(f"teacher{where}", teacher, tokens.channels)
+        check_level(student, teacher, valid_mask, width, where, remedy)
+        _checks.device("tokens", tokens.mask_token, student)
         if self.align is not None:
             if valid_mask is not None:
                 # A NaN at an invalid pixel must not reach the weight's gradient.
                 student = student.masked_fill(~valid_mask.unsqueeze(1), 0.0)
-            student = _convolve(self.align[level], student)
-        with torch.no_grad():
-            masks = tokens.masks(teacher)
-            weights = tokens.weights(teacher, valid_mask=valid_mask)
-            if self.customize_after is not None:
-                own = tokens.masks(student)
-                masks = masks * own.masked_fill(self.steps < self.customize_after, 1.0)
-        distance = masked_distance(
-            student, teacher, masks, weights, eps=self.eps, valid_mask=valid_mask
+            student = list(by_key(self.align).values())[level](student)
+            if student.shape != teacher.shape:
+                raise ValueError(
+                    f"align{where} must return the teacher's shape, {tuple(teacher.shape)}; "
+                    f"got {tuple(student.shape)}"
+                )
+        steps = None if self.customize_after is None else self.steps
+        return masked_distance(
+            student,
+            teacher,
+            Tokens(tokens.mask_token, tokens.weighting, steps, self.customize_after or 0),
+            valid_mask=valid_mask,
+            eps=self.eps,
+            reduction=self.reduction,
+            backend=self.backend,
         )
-        if self.reduction == "mean":
-            if valid_mask is None:
-                return distance.sum() / max(distance.numel(), 1)
-            return distance.sum() / valid_mask.flatten(1).any(dim=1).sum().clamp_min(1)
-        return distance.sum() if self.reduction == "sum" else distance
 
 
-class _MaskedDistance(torch.autograd.Function):
-    """`(attention * (student - teacher).square().mean(1)).sum((1, 2))`, keeping only its inputs.
+class _Align(nn.Conv2d):
+    """A 1x1 convolution, which a compiler sees as a matrix product: of any size, not of one each."""
 
-    It runs over blocks of rows, so that what lies between two operations stays in cache.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, attention, valid_mask):
-        ctx.save_for_backward(student, teacher, attention, valid_mask)
-        distance = torch.empty_like(attention)
-        for rows, gap in _gaps(student, teacher, attention.dtype, valid_mask):
-            distance[:, rows] = gap.square_().sum(dim=1)
-        return (attention * distance).sum(dim=(1, 2)) / student.shape[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        student, teacher, attention, valid_mask = ctx.saved_tensors
-        factor = (attention * (2 / student.shape[1] * grad)[:, None, None]).unsqueeze(1)
-        # With create_graph=True autograd records this in its turn.
-        gradient = torch.empty_like(student)
-        for rows, gap in _gaps(student, teacher, attention.dtype, valid_mask):
-            gradient[:, :, rows] = gap.mul_(factor[:, :, rows])
-        return gradient, None, None, None
-
-
-def _gap(student: Tensor, teacher: Tensor, dtype: torch.dtype, valid_mask: Tensor | None) -> Tensor:
-    """`student - teacher`, and 0 at invalid pixels, whatever they hold."""
-    gap = (student.to(dtype) - teacher).to(dtype)  # a float64 teacher promotes
-    return gap if valid_mask is None else gap.masked_fill(~valid_mask.unsqueeze(1), 0.0)
-
-
-def _gaps(
-    student: Tensor, teacher: Tensor, dtype: torch.dtype, valid_mask: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """`_gap` by blocks of rows, which suit contiguous and channels-last maps alike."""
-    block = _CUDA_BLOCK if student.device.type == "cuda" else _CPU_BLOCK
-    step = max(1, block // max(1, student[:, :, :1].numel()))
-    for start in range(0, student.shape[2], step):
-        rows = slice(start, start + step)
-        seen = None if valid_mask is None else valid_mask[:, rows]
-        yield rows, _gap(student[:, :, rows], teacher[:, :, rows], dtype, seen)
-
-
-def _attention(
-    masks: Tensor, weights: Tensor | float, eps: float, valid_mask: Tensor | None
-) -> Tensor:
-    """`sum_t w_t m_t^2 / (sum(m_t) + eps)` `[B, H, W]`; 0 at invalid pixels."""
-    if valid_mask is not None:
-        masks = masks.masked_fill(~valid_mask.unsqueeze(1), 0.0)
-    # A mask that is zero everywhere must not become 0/0. Multiplying by the inverse before squaring
-    # keeps tiny masks from vanishing.
-    area = (masks.sum(dim=(2, 3)) + eps).clamp_min(torch.finfo(masks.dtype).tiny)
-    return (masks * (weights / area)[:, :, None, None] * masks).sum(dim=1)
-
-
-def _token_levels(
-    tokens: MaskedReceptiveTokens | Sequence[MaskedReceptiveTokens] | nn.ModuleList,
-) -> list[MaskedReceptiveTokens]:
-    if isinstance(tokens, (Sequence, nn.ModuleList)):
-        levels = [level for level in tokens if isinstance(level, MaskedReceptiveTokens)]
-        if len(levels) == len(tokens) > 0:
-            return levels
-    elif isinstance(tokens, MaskedReceptiveTokens):
-        return [tokens]
-    raise TypeError(
-        f"tokens must be a MaskedReceptiveTokens or a sequence of them, one a level; got {tokens!r}"
-    )
-
-
-def _widths(student_channels: int | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
-    """The student's width at each level."""
-    if student_channels is None:
-        return None
-    if isinstance(student_channels, Sequence):
-        widths = tuple(student_channels)
-    else:
-        widths = (student_channels,) * count
-    if len(widths) != count:
-        raise ValueError(
-            f"student_channels must be an int, or {count} of them, one a level; "
-            f"got {student_channels!r}"
-        )
-    for width in widths:
-        _checks.integer("student_channels", width)
-    return widths
-
-
-def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
-    """A 1x1 convolution; as a matrix product where a compiler would specialise on its map size."""
-    if not torch.compiler.is_compiling():
-        return layer(x)
-    weight, bias = layer.parameters()
-    product = torch.bmm(weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2))
-    return (product + bias.to(product.dtype).unsqueeze(1)).unflatten(2, x.shape[2:])
-
-
-def _levels(name: str, values: Any, count: int) -> Sequence[Any]:
-    """One entry a level: a tensor is the only one."""
-    levels = [values] if isinstance(values, Tensor) else values
-    if not isinstance(levels, Sequence):
-        got = type(values).__name__
-        raise TypeError(f"{name} must be a tensor or a sequence of them; got {got}")
-    if len(levels) != count:
-        raise ValueError(f"{name} must have one entry a level, {count}; got {len(levels)}")
-    return levels
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        product = torch.bmm(self.weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2))
+        assert self.bias is not None
+        return (product + self.bias.to(product.dtype).unsqueeze(1)).unflatten(2, x.shape[2:])

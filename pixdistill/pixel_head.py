@@ -23,7 +23,8 @@ class PixelHead(nn.Module):
         predictor: False leaves the predictor out.
 
     Raises:
-        ValueError, TypeError: for a width that is not an int of at least 1.
+        ValueError, TypeError: for a width that is not an int of at least 1, and for an input of
+            another shape or dtype.
 
     Source: the student's heads of the official code, for MoCo v3
     `PixelHead(in_channels, 4096, 256)`: in -> 4096 -> 256 -> 4096 -> 256.
@@ -42,7 +43,7 @@ class PixelHead(nn.Module):
         predictor: bool = True,
     ) -> None:
         super().__init__()
-        inputs = _checks.integer("in_channels", in_channels)
+        self.in_channels = inputs = _checks.integer("in_channels", in_channels)
         outputs = _checks.integer("out_channels", out_channels)
         widths = hidden if isinstance(hidden, Iterable) else [hidden]
         between = [_checks.integer("hidden", width) for width in widths]
@@ -52,6 +53,7 @@ class PixelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, H, W] -> [B, out_channels, H, W]`"""
+        _checks.map_2d("x", x, self.in_channels, module="PixelHead")
         return self.predictor(self.projector(x))
 
     @classmethod

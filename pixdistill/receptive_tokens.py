@@ -3,27 +3,23 @@
 A token is a vector E_t of the width of a teacher's map x. It marks pixels, and each image weighs its
 tokens:
 
-    m_t = sigmoid(<E_t, x>) at each pixel,    w = softmax(conv1x1(average_pool(conv3x3(x)))).
+    m_t = sigmoid(<E_t, x>) per pixel,    w = softmax(conv1x1(average_pool(conv3x3(x)))).
 
 The tokens learn in front of the frozen teacher's head, which reads `sum_t w_t m_t x` in place of x,
-against its task loss plus the overlap of the masks. Two rewritings, both exact, make this cheap:
-
-- `sum_t w_t m_t x = x * (sum_t w_t m_t)`: tokens are summed before they meet the channels, so that no
-  tensor has both axes;
-- the 3x3 convolution goes straight into the average, so only sums of x over nine shifted windows
-  matter, and convolving costs one pass over x instead of 18 C operations a number.
+against its task loss plus the overlap of the masks. `sum_t w_t m_t x = x * (sum_t w_t m_t)`: tokens are
+summed before they meet the channels, so no tensor has both axes. Masks and weights are computed by
+`ops/masked_distance/tokens.py`.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
-from .ops.backend import detached, sum_dtype
+from .ops import masked_distance as operator
+from .ops.backend import no_autocast, sum_dtype
 
 # The names of a module's tensors in official checkpoints.
 _WEIGHTING = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
@@ -31,11 +27,11 @@ _LEVELS = "mask_modules."
 
 
 class MaskedReceptiveTokens(nn.Module):
-    """Masks of a map, one a token: `masked_map, diversity = tokens(x)` while they are learned.
+    """Masks of a map, one per token: `masked_map, diversity = tokens(x)` while they are learned.
 
     Args:
         channels: C, the width of the teacher's map.
-        num_tokens: T. MasKD uses 6 for detection, 8 for segmentation.
+        num_tokens: T. MasKD uses 6 for detection and 8 for segmentation.
         weighted: whether each image weighs its tokens, as in detection.
 
     Shapes: maps `[B, C, H, W]` of any size.
@@ -55,14 +51,11 @@ class MaskedReceptiveTokens(nn.Module):
 
     def __init__(self, channels: int, num_tokens: int = 6, *, weighted: bool = True) -> None:
         super().__init__()
-        _checks.integer("channels", channels)
-        _checks.integer("num_tokens", num_tokens)
-        _checks.flag("weighted", weighted)
-        self.channels = channels
-        self.num_tokens = num_tokens
-        self.weighted = weighted
+        self.channels = channels = _checks.integer("channels", channels)
+        self.num_tokens = num_tokens = _checks.integer("num_tokens", num_tokens)
+        self.weighted = weighted = _checks.flag("weighted", weighted)
         self.mask_token = nn.Parameter(torch.empty(num_tokens, channels))
-        # Never called: `weights` computes the same from window sums. It gives parameters their names.
+        # Never called: `weights` computes the same from window sums. It names the parameters.
         self.prob = (
             nn.Sequential(
                 _Convolution(channels, channels, kernel_size=3, padding=1),
@@ -76,7 +69,7 @@ class MaskedReceptiveTokens(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Tokens from N(0, 0.01^2), convolutions by their fan-out (He), biases at zero."""
+        """Tokens from N(0, 0.01^2), convolutions with Kaiming fan-out initialisation and zero bias."""
         self.mask_token.normal_(0, 0.01)
         for layer in self.prob or ():
             if isinstance(layer, _Convolution):
@@ -85,23 +78,24 @@ class MaskedReceptiveTokens(nn.Module):
     def masks(self, x: Tensor) -> Tensor:
         """`sigmoid(<E_t, x>)` `[B, T, H, W]`, in float32 (float64 for float64)."""
         _checks.map_2d("x", x, self.channels)
-        return token_masks(x, self.mask_token)
+        return operator.token_masks(x, self.mask_token)
 
     def weights(self, x: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
-        """The share of each token `[B, T]`, summing to 1; 1/T when not weighted.
+        """The weight of each token `[B, T]`, which sum to 1; 1/T when not weighted.
 
         `valid_mask` `[B, H, W]` bool leaves out pixels as if the image ended where they begin.
         """
         _checks.map_2d("x", x, self.channels)
         _checks.mask(valid_mask, x.shape[:1] + x.shape[2:], x)
-        dtype = sum_dtype(x)
         if self.prob is None:
-            return x.new_full((x.shape[0], self.num_tokens), 1 / self.num_tokens, dtype=dtype)
-        kernel, kernel_bias, mixing, mixing_bias = self.prob.parameters()
-        pooled = pooled_convolution(x, kernel, kernel_bias, valid_mask=valid_mask)
-        with _exactly(x):
-            logits = F.linear(pooled, mixing.flatten(1).to(dtype), mixing_bias.to(dtype))
-        return logits.softmax(dim=1)
+            shape = (x.shape[0], self.num_tokens)
+            return x.new_full(shape, 1 / self.num_tokens, dtype=sum_dtype(x))
+        return operator.token_weights(x, self.weighting, valid_mask=valid_mask)
+
+    @property
+    def weighting(self) -> tuple[Tensor, ...]:
+        """Weight and bias of both convolutions of the token weights; empty when not weighted."""
+        return () if self.prob is None else tuple(self.prob.parameters())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The masked map `sum_t w_t m_t x` `[B, C, H, W]` and the diversity term, a scalar.
@@ -110,13 +104,13 @@ class MaskedReceptiveTokens(nn.Module):
         the diversity. Without weights w is 1, as in the official code. The map has the dtype of `x`.
         """
         _checks.map_2d("x", x, self.channels)
-        x = detached(x)  # once for the masks and the product
-        masks = self.masks(x)
+        x = operator.without_inference(x)  # once for the masks and the product
+        masks = operator.token_masks(x, self.mask_token)
+        weighted = masks
         if self.weighted:
-            seen = (self.weights(x)[:, :, None, None] * masks).sum(dim=1, keepdim=True)
-        else:
-            seen = masks.sum(dim=1, keepdim=True)
-        return x * seen.to(x.dtype), mask_diversity(masks)
+            weights = operator.token_weights(x, self.weighting)
+            weighted = weights[:, :, None, None] * masks
+        return x * weighted.sum(dim=1, keepdim=True).to(x.dtype), _diversity(masks)
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
@@ -124,7 +118,7 @@ class MaskedReceptiveTokens(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, object]) -> nn.ModuleList:
-        """The tokens of an official MasKD checkpoint, a module a level, on the CPU.
+        """The tokens of an official MasKD checkpoint, one module per level, on the CPU.
 
         Two layouts are known. Detection: `mask_modules.{level}.mask_token` and the like, inside or
         outside an entry `state_dict`; such a file may hold the whole detector, so keys that do not
@@ -171,7 +165,7 @@ class MaskedReceptiveTokens(nn.Module):
     ) -> dict[str, object]:
         """What the official code loads: the inverse of `from_official`.
 
-        A sequence of modules, a level each, gives the detection layout under `state_dict`. A single
+        A sequence of modules, one per level, gives the detection layout under `state_dict`. A single
         module gives the segmentation layout, which has no weights.
 
         Raises:
@@ -196,7 +190,7 @@ class MaskedReceptiveTokens(nn.Module):
 
 
 class _Convolution(nn.Conv2d):
-    """Resets itself by its fan-out (He), the bias to zero: `to_empty` is followed by a reset of each."""
+    """Conv2d with Kaiming fan-out initialisation and zero bias, also when reset after `to_empty`."""
 
     _built = False
 
@@ -216,72 +210,76 @@ class _Convolution(nn.Conv2d):
 
 
 def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:
-    """`sigmoid(einsum("tc,bchw->bthw", mask_token, x))`; products in the dtype of `x`, also under
-    autocast, and the rest in float32 (float64 for float64).
+    """Masks of a map, `sigmoid(einsum("tc,bchw->bthw", mask_token, x))`.
+
+    Products run in the dtype of `x`, also under autocast; the rest in float32 (float64 for float64).
+
+    Args:
+        x: `[B, C, H, W]`.
+        mask_token: `[T, C]`.
+
+    Returns:
+        `[B, T, H, W]`.
+
+    Example:
+        >>> token_masks(torch.randn(2, 16, 8, 8), torch.randn(4, 16)).shape
+        torch.Size([2, 4, 8, 8])
     """
-    tokens = mask_token.to(x.dtype).expand(x.shape[0], -1, -1)
-    x = detached(x)
-    with _exactly(x):
-        logits = torch.bmm(tokens, x.flatten(2))  # [B, T, HW]
-    return logits.to(sum_dtype(x)).sigmoid().unflatten(2, x.shape[2:])
+    _checks.map_2d("x", x)
+    return operator.token_masks(x, mask_token)
+
+
+def pooled_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, *, valid_mask: Tensor | None = None
+) -> Tensor:
+    """`F.conv2d(x, weight, bias, padding=1).mean((2, 3))`, without the convolution.
+
+    One pass over x, in float32 (float64 for float64).
+
+    Args:
+        x: `[B, C, H, W]`.
+        weight, bias: `[O, C, 3, 3]` and `[O]`.
+        valid_mask: `[B, H, W]` bool. Only pixels that are True are read and averaged.
+
+    Returns:
+        `[B, O]`.
+
+    Example:
+        >>> pooled_convolution(torch.randn(2, 4, 8, 8), torch.randn(5, 4, 3, 3), torch.zeros(5)).shape
+        torch.Size([2, 5])
+    """
+    _checks.map_2d("x", x)
+    _checks.mask(valid_mask, x.shape[:1] + x.shape[2:], x)
+    return operator.pooled_convolution(x, weight, bias, valid_mask=valid_mask)
 
 
 def mask_diversity(masks: Tensor) -> Tensor:
-    """How alike the masks `[B, T, H, W]` of an image are: 0 for disjoint ones, 1 for equal ones.
+    """How alike the masks of an image are: 0 for disjoint masks, 1 for equal masks.
 
     The mean over images and ordered pairs t != u of the Dice coefficient
-    `2 <m_t, m_u> / (|m_t|^2 + |m_u|^2)`, with 1e-12 added to each squared norm. 0, and attached to the
-    graph, for a single token, where the official code has NaN.
+    `2 <m_t, m_u> / (|m_t|^2 + |m_u|^2)`, with 1e-12 added to each squared norm.
+
+    Args:
+        masks: `[B, T, H, W]`.
+
+    Returns:
+        A scalar. For a single token it is 0 and attached to the graph; the official code has NaN.
+
+    Example:
+        >>> mask_diversity(torch.eye(4).reshape(1, 4, 2, 2))
+        tensor(0.)
     """
+    _checks.map_2d("masks", masks)
+    return _diversity(masks)
+
+
+def _diversity(masks: Tensor) -> Tensor:
     num_tokens = masks.shape[1]
     flat = masks.flatten(2).to(sum_dtype(masks))
-    with _exactly(masks):
+    with no_autocast(masks.device):
         products = torch.bmm(flat, flat.mT)  # [B, T, T]
     norms = products.diagonal(dim1=1, dim2=2) + 1e-12
     dice = 2 * products / (norms.unsqueeze(1) + norms.unsqueeze(2))
     itself = torch.eye(num_tokens, dtype=torch.bool, device=masks.device)
     pairs = masks.shape[0] * num_tokens * (num_tokens - 1)
     return dice.masked_fill(itself, 0.0).sum() / max(pairs, 1)
-
-
-def pooled_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, *, valid_mask: Tensor | None = None
-) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding=1).mean((2, 3))` `[B, O]` for a 3x3 weight `[O, C, 3, 3]`.
-
-    The mean is over output pixels, so with S the window sums of x it is
-    `einsum("ocij,bcij->bo", weight, S) / (H * W) + bias`. With `valid_mask` only valid pixels are
-    read and averaged. Computed in float32 (float64 for float64).
-    """
-    dtype = sum_dtype(x)
-    sums = window_sums(x, valid_mask=valid_mask)
-    count: int | Tensor = x.shape[2] * x.shape[3]
-    if valid_mask is not None:
-        count = valid_mask.sum(dim=(1, 2)).clamp_min(1).unsqueeze(1)
-    with _exactly(x):
-        return F.linear(sums.flatten(1), weight.flatten(1).to(dtype)) / count + bias.to(dtype)
-
-
-def window_sums(x: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
-    """Sums `[B, C, 3, 3]` of the pixels that each tap of a padded 3x3 convolution reads.
-
-    Entry (i, j) is the sum of `x[..., h + i - 1, w + j - 1]` over all (h, w) for which that pixel lies
-    in the map: everything, less a border row or column. With `valid_mask` `[B, H, W]`, over those for
-    which both pixels are valid.
-    """
-    dtype = sum_dtype(x)
-    if valid_mask is not None:
-        # A pixel counts for a tap when the pixel that reads it through this tap is valid as well.
-        read = F.unfold(valid_mask.unsqueeze(1).to(dtype), 3, padding=1).flip(1)  # [B, 9, HW]
-        clean = x.to(dtype).masked_fill(~valid_mask.unsqueeze(1), 0.0).flatten(2)
-        with _exactly(x):
-            return torch.bmm(clean, read.mT).unflatten(2, (3, 3))
-    row = x.sum(dim=3, dtype=dtype)
-    row = torch.stack([row - x[..., -1], row, row - x[..., 0]], dim=3)  # [B, C, H, 3]
-    total = row.sum(dim=2)
-    return torch.stack([total - row[:, :, -1], total, total - row[:, :, 0]], dim=2)
-
-
-def _exactly(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: products keep the dtype of their operands."""
-    return torch.autocast(x.device.type, enabled=False)

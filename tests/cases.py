@@ -144,7 +144,7 @@ def tokens() -> MaskedReceptiveTokens:
 
 def masked(backend: str = "auto", *, levels: int = 1, **settings: Any) -> MaskedDistillationLoss:
     """A loss with one set of tokens for all levels."""
-    return MaskedDistillationLoss([tokens()] * levels, **settings)
+    return MaskedDistillationLoss([tokens()] * levels, backend=backend, **settings)
 
 
 def af_dcd(backend: str = "auto", student_channels: int = WIDTH, **settings: Any) -> AfDCDLoss:

@@ -52,20 +52,17 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 HALF = (torch.float16, torch.bfloat16)
 
 PENDING = {
-    "test_student_and_teacher_swapped_is_named": ("masked", "af_dcd"),
-    "test_transforms_of_torch_func": ("masked", "jvp-contrast"),
-    "test_components_": ("masked", "af_dcd"),
-    "test_a_module_on_the_meta_device": ("masked", "MaskedReceptiveTokens"),
+    "test_student_and_teacher_swapped_is_named": ("af_dcd",),
+    "test_transforms_of_torch_func": ("jvp-contrast",),
+    "test_components_": ("af_dcd",),
     "test_tensors_that_carry_metadata": ("contrast", "triton-af_dcd"),
-    "test_repr_shows_every_setting": ("AfDCDLoss", "MaskedDistillationLoss reduction"),
-    "test_integers_may_be_of_numpy": ("MaskedDistillationLoss",),
+    "test_repr_shows_every_setting": ("AfDCDLoss",),
     "test_pairs_may_be": ("AfDCDLoss",),
-    "test_functions_name": ("_loss", "patch_lse", "token_masks", "mask_", "pooled_", "float8-row"),
+    "test_functions_name": ("contrast_loss", "af_dcd_loss", "patch_lse", "float8-row"),
     "test_every_public_function": ("",),
     "test_an_axis_of_size_zero": (
         *(f"1-{b}-contrast, {n}" for b in BACKENDS for n in ("batch", "image")),
     ),
-    "test_a_mapping_for_a_map_is_named": ("masked",),
 }
 """Tests, and their cases, that wait for the rewriting of a module. Delete what passes; empty in the end.
 
@@ -283,6 +280,9 @@ def test_invalid_pixels_may_hold_anything(name, backend, poison):
 
 @loss_names
 @backends
+@pytest.mark.filterwarnings(
+    "ignore:All-NaN slice:RuntimeWarning"
+)  # Triton's interpreter, of a maximum
 @pytest.mark.parametrize("side", [0, 1])
 def test_nan_at_a_valid_pixel_shows(name, backend, side):
     maps = inputs(name)
@@ -1108,11 +1108,11 @@ def test_every_argument_but_the_maps_is_by_keyword(name):
 # --- Errors of modules and functions --------------------------------------------------------------
 
 ONE_INPUT = {
-    **{name: lambda x, name=name: build(name)(x) for name in MODULES if name != "PixelHead"},
+    **{name: lambda x, name=name: build(name)(x) for name in MODULES},
     "PixelQueue.enqueue": lambda x: PixelQueue(8, WIDTH).enqueue(x),
     "PixelQueue.enqueue_pooled": lambda x: PixelQueue(8, WIDTH).enqueue_pooled(x),
 }
-"""Everything that takes one tensor but PixelHead, which torch.fx can trace: it has PyTorch's layers."""
+"""Everything that takes one tensor."""
 
 
 def input_of(name):

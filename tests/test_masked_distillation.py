@@ -21,13 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pixdistill import (
-    MaskedDistillationLoss,
-    MaskedReceptiveTokens,
-    functional,
-    masked_distillation,
-)
-from pixdistill.masked_distillation import masked_distance
+from pixdistill import MaskedDistillationLoss, MaskedReceptiveTokens
+from pixdistill.functional import masked_distillation_loss
+from pixdistill.ops.masked_distance import chunked
+
+
+def masked_distance(*arguments, **settings):
+    return masked_distillation_loss(*arguments, reduction="none", **settings)
+
 
 DETECTION = ("maskd_det_weighted", "maskd_det_custom", "maskd_det_plain")
 SHAPE = (2, 4, 5, 6)
@@ -251,30 +252,23 @@ def test_blocks_of_any_size_give_the_same(block, masked, monkeypatch):
     valid = some_mask(2, 5, 6) if masked else None
     loss = build(reduction="none")
     expected = measure(loss, student, teacher, valid)
-    monkeypatch.setattr(masked_distillation, "_CPU_BLOCK", block)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", block)
     assert_same(measure(loss, student, teacher, valid), expected, 1e-14)
-    gaps = list(masked_distillation._gaps(student, teacher, student.dtype, valid))
-    rows = [range(5)[part] for part, _ in gaps]
+    rows = [range(5)[part] for part in chunked._blocks(student)]
     assert [row for part in rows for row in part] == list(range(5))
     assert max(map(len, rows)) == min(5, max(1, block // (2 * 4 * 6)))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("custom", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_gradcheck(weighted, custom, masked, aligned):
+def test_gradcheck(weighted, masked, aligned):
     """First and second order: the loss is a quadratic form of the student, its own masks aside."""
     tokens = build_tokens(weighted=weighted)
     width = 3 if aligned else 4
     loss = build(tokens, eps=0.0, reduction="none", student_channels=width if aligned else None)
     student, teacher = maps(2, width, 2, 3)[0].requires_grad_(), maps(2, 4, 2, 3, seed=1)[0]
     valid = some_mask(2, 2, 3) if masked else None
-    if custom:  # the student's masks are constants: they are taken here, and not differentiated
-        fixed = maps(2, 4, 2, 3, seed=2)[0]
-        loss.customize_after = 0
-        original = tokens.masks
-        tokens.masks = lambda x: original(teacher if x is teacher else fixed)
     names = [name for name, p in loss.named_parameters() if p.requires_grad]
 
     def function(student, *parameters):
@@ -559,7 +553,7 @@ def test_levels_are_added(reduction, container):
     loss = build(container(tokens), **settings)
     valid = [some_mask(2, *LEVELS[0]), None, torch.zeros(2, *LEVELS[2], dtype=torch.bool)]
     for masks in (None, valid, tuple(valid)):
-        parts = loss.components(students, tuple(teachers), valid_mask=masks)
+        parts = loss(students, tuple(teachers), valid_mask=masks, return_components=True)
         alone = [
             build(module, **settings)(s, t, valid_mask=v)
             for module, s, t, v in zip(tokens, students, teachers, masks or [None] * 3, strict=True)
@@ -576,7 +570,7 @@ def test_components_carry_the_gradient():
     loss = build(tokens)
     for student in students:
         student.requires_grad_()
-    parts = loss.components(students, teachers)
+    parts = loss(students, teachers, return_components=True)
     (parts.levels * torch.tensor([1.0, 0.0, 2.0])).sum().backward()
     grads = [student.grad for student in students]
     assert (grads[1] == 0).all()
@@ -592,7 +586,7 @@ def test_one_level_may_be_given_bare_or_in_a_sequence():
     expected = loss(student, teacher, valid_mask=valid)
     assert loss([student], (teacher,), valid_mask=[valid]) == expected
     assert build([build_tokens()])(student, teacher, valid_mask=valid) == expected
-    assert loss.components(student, teacher, valid_mask=valid).levels.shape == (1,)
+    assert loss(student, teacher, valid_mask=valid, return_components=True).levels.shape == (1,)
 
 
 @pytest.mark.parametrize("channels", [3, (3, 5, 2), [3, 3, 3]], ids=str)
@@ -642,7 +636,7 @@ def test_forward_has_no_side_effects():
     for mode in (True, False):
         loss.train(mode)
         loss(student.requires_grad_(), teacher).backward()
-        loss.components(student, teacher)
+        loss(student, teacher, return_components=True)
     assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
 
 
@@ -850,7 +844,7 @@ def test_nothing_of_tokens_times_channels_times_pixels_is_made():
 
 
 def test_forward_makes_nothing_of_the_size_of_a_map(monkeypatch):
-    monkeypatch.setattr(masked_distillation, "_CPU_BLOCK", 2 * 64 * 13)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", 2 * 64 * 13)
     student, teacher = maps(2, 64, 12, 13, dtype=torch.float32)
     loss = build(build_tokens(64, 3, dtype=torch.float32), torch.float32, customize_after=0)
     loss.tokens[0].weights(teacher)
@@ -966,10 +960,6 @@ def test_defaults():
     assert loss.align is None
 
 
-def test_the_function_form_is_exported():
-    assert functional.masked_distance is masked_distance
-
-
 # --- Compilation ----------------------------------------------------------------------------------
 
 MAP_SIZES = ((2, 13, 17), (3, 14, 19), (5, 23, 15), (4, 22, 21))
@@ -1051,14 +1041,14 @@ TOKENS = MaskedReceptiveTokens(4, 2)
 @pytest.mark.parametrize(
     ("error", "words", "tokens", "settings"),
     [
-        (TypeError, "tokens must be a MaskedReceptiveTokens or a sequence", None, {}),
+        (TypeError, "tokens must be a MaskedReceptiveTokens, or a sequence or mapping", None, {}),
         (TypeError, "tokens must be .* got Conv2d", torch.nn.Conv2d(4, 4, 1), {}),
-        (TypeError, "tokens must be a MaskedReceptiveTokens or a sequence", [], {}),
-        (TypeError, "tokens must be a MaskedReceptiveTokens or a sequence", [TOKENS, None], {}),
+        (TypeError, "tokens must be a MaskedReceptiveTokens, or a sequence or mapping", [], {}),
+        (TypeError, "tokens must be a MaskedReceptiveTokens, or", [TOKENS, None], {}),
         (ValueError, "student_channels must be at least 1; got 0", TOKENS, {"student_channels": 0}),
         (TypeError, "student_channels must be an int; got 4.0", TOKENS, {"student_channels": 4.0}),
         (TypeError, "student_channels must be an int; got '8'", TOKENS, {"student_channels": "8"}),
-        (ValueError, r"2 of them, one a level; got \(3,\)", [TOKENS] * 2, {"student_channels": (3,)}),
+        (ValueError, "one entry per level", [TOKENS] * 2, {"student_channels": (3,)}),
         (TypeError, "student_channels must be an int; got None", TOKENS, {"student_channels": [None]}),
         (ValueError, "customize_after must be at least 0; got -1", TOKENS, {"customize_after": -1}),
         (TypeError, "customize_after must be an int; got 5.0", TOKENS, {"customize_after": 5.0}),
@@ -1080,7 +1070,6 @@ MAP = torch.randn(2, 4, 3, 5)
 ALL = torch.ones(2, 3, 5, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("method", ["forward", "components"])
 @pytest.mark.parametrize(
     ("error", "words", "student", "teacher", "mask"),
     [
@@ -1092,14 +1081,14 @@ ALL = torch.ones(2, 3, 5, dtype=torch.bool)
         (ValueError, r"teacher must have shape \[B, 4, H, W\]", MAP, MAP[:, 1:], None),
         (ValueError, r"student must have shape .*got \(2, 4, 15\)", MAP.flatten(2), MAP, None),
         (ValueError, r"teacher must have shape .*got \(2, 4, 0, 5\)", MAP, MAP[:, :, :0], None),
-        (TypeError, "student must have a floating-point dtype", MAP.long(), MAP, None),
-        (TypeError, "teacher must have a floating-point dtype", MAP, MAP.int(), None),
-        (TypeError, "student must be a tensor or a sequence of them; got int", 1, MAP, None),
-        (TypeError, "teacher must be a tensor or a sequence of them; got NoneType", MAP, None, None),
-        (TypeError, "student must be a tensor; got float", [1.0], MAP, None),
-        (ValueError, "student must have one entry a level, 1; got 2", [MAP, MAP], MAP, None),
-        (ValueError, "teacher must have one entry a level, 1; got 0", MAP, (), None),
-        (ValueError, "valid_mask must have one entry a level, 1; got 2", MAP, MAP, [ALL, ALL]),
+        (TypeError, "student must be float16", MAP.long(), MAP, None),
+        (TypeError, "teacher must be float16", MAP, MAP.int(), None),
+        (TypeError, "student must be a tensor; got int", 1, MAP, None),
+        (TypeError, "teacher must be a tensor; got NoneType", MAP, None, None),
+        (TypeError, r"student\[0\] must be a tensor; got float", [1.0], MAP, None),
+        (ValueError, "student must have one entry per level", [MAP, MAP], MAP, None),
+        (ValueError, "teacher must have one entry per level", MAP, (), None),
+        (ValueError, "valid_mask must have one entry per level", MAP, MAP, [ALL, ALL]),
         (TypeError, "valid_mask must be a bool tensor.*got torch.float32", MAP, MAP, ALL.float()),
         (ValueError, r"shape \(2, 3, 5\); got \(2, 1, 3, 5\)", MAP, MAP, ALL[:, None]),
         (ValueError, "teacher must be on the student's device, cpu; got meta",
@@ -1107,9 +1096,9 @@ ALL = torch.ones(2, 3, 5, dtype=torch.bool)
         (ValueError, "valid_mask must be on .* cpu; got meta", MAP, MAP, ALL.to("meta")),
     ],
 )  # fmt: skip
-def test_wrong_maps(method, error, words, student, teacher, mask):
+def test_wrong_maps(error, words, student, teacher, mask):
     with pytest.raises(error, match=words):
-        getattr(MaskedDistillationLoss(TOKENS), method)(student, teacher, valid_mask=mask)
+        MaskedDistillationLoss(TOKENS)(student, teacher, valid_mask=mask)
 
 
 def test_wrong_width_before_an_alignment():
@@ -1126,9 +1115,11 @@ def test_wrong_width_before_an_alignment():
 
 def test_levels_need_sequences():
     loss = MaskedDistillationLoss([MaskedReceptiveTokens(4, 2), MaskedReceptiveTokens(4, 2)])
-    with pytest.raises(ValueError, match="student must have one entry a level, 2; got 1"):
+    with pytest.raises(
+        ValueError, match=r"student must have one entry per level, .*\[0, 1\]; got \[0\]"
+    ):
         loss(MAP, [MAP, MAP])
-    with pytest.raises(ValueError, match="valid_mask must have one entry a level, 2; got 1"):
+    with pytest.raises(ValueError, match=r"valid_mask must have one entry per level, .*\[0, 1\]"):
         loss([MAP, MAP], [MAP, MAP], valid_mask=ALL)
 
 
@@ -1142,10 +1133,10 @@ MASKS = torch.rand(2, 3, 3, 5)
         (ValueError, r"student must have shape \[2, any, 3, 4\]", {"teacher": MAP[..., 1:]}),
         (ValueError, r"masks must have shape \[2, any, 3, 5\]", {"masks": MASKS[..., 1:]}),
         (ValueError, r"masks must have shape \[B, C, H, W\]", {"masks": MASKS[0]}),
-        (TypeError, "masks must have a floating-point dtype", {"masks": MASKS > 0}),
+        (TypeError, "masks must be float16", {"masks": MASKS > 0}),
         (ValueError, r"weights must have shape \[B, T\], \(2, 3\); got", {"weights": torch.ones(3)}),
         (TypeError, "weights must be a tensor; got float", {"weights": 1.0}),
-        (TypeError, "weights must have a floating-point dtype", {"weights": torch.ones(2, 3).int()}),
+        (TypeError, "weights must be float16", {"weights": torch.ones(2, 3).int()}),
         (ValueError, "weights must be on .* cpu; got meta", {"weights": torch.ones(2, 3).to("meta")}),
         (ValueError, "eps must be a finite number", {"eps": -1.0}),
         (TypeError, "valid_mask must be a bool tensor", {"valid_mask": ALL.float()}),

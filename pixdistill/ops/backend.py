@@ -8,7 +8,6 @@ Each operator has three forms of equal value and gradient:
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 from typing import Any, Literal, NoReturn
@@ -60,10 +59,12 @@ def why_no_kernel(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether the package triton is installed; it is not loaded."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile warns of a cache
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
