@@ -295,8 +295,8 @@ def _remedy(student: Tensor, teacher: Tensor, *, channels: bool = True) -> str:
         if shape[2:] != other[2:] and permuted[2:] == other[2:] and permuted[0] == other[0]:
             return f"For a channels-last map, write {name}.permute{last_to_second}."
     if s[0] != t[0]:
-        whole = t[0] > 0 and s[0] % t[0] == 0
-        remedy = f"repeat_interleave({s[0] // t[0]}, dim=0)" if whole else "index_select(0, index)"
+        times, rest = divmod(s[0], t[0]) if t[0] > 0 else (0, 1)
+        remedy = "index_select(0, index)" if rest else f"repeat_interleave({times}, dim=0)"
         return (
             f"The batch differs, {s[0]} against {t[0]}: pass one teacher map per student map, for "
             f"example teacher.{remedy}."

@@ -23,8 +23,7 @@ class PixelHead(nn.Module):
         predictor: False leaves the predictor out.
 
     Raises:
-        ValueError, TypeError: for a width that is not an int of at least 1, and for an input of
-            another shape or dtype.
+        ValueError, TypeError: for a width that is not an int of at least 1.
 
     Source: the student's heads of the official code, for MoCo v3
     `PixelHead(in_channels, 4096, 256)`: in -> 4096 -> 256 -> 4096 -> 256.
@@ -43,7 +42,7 @@ class PixelHead(nn.Module):
         predictor: bool = True,
     ) -> None:
         super().__init__()
-        self.in_channels = inputs = _checks.integer("in_channels", in_channels)
+        inputs = _checks.integer("in_channels", in_channels)
         outputs = _checks.integer("out_channels", out_channels)
         widths = hidden if isinstance(hidden, Iterable) else [hidden]
         between = [_checks.integer("hidden", width) for width in widths]
@@ -53,7 +52,6 @@ class PixelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, H, W] -> [B, out_channels, H, W]`"""
-        _checks.map_2d("x", x, self.in_channels, module="PixelHead")
         return self.predictor(self.projector(x))
 
     @classmethod

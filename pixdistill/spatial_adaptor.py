@@ -248,7 +248,7 @@ def _layers(module: Any, path: str = "head") -> Layers:
         problem = "it has no running statistics"
     elif kind is nn.LayerNorm and len(module.normalized_shape) != 1:
         problem = "it normalises over more than the channels"
-    elif kind is nn.Flatten and not {module.start_dim, module.end_dim} <= {1, -1}:
+    elif kind is nn.Flatten and (abs(module.start_dim) != 1 or abs(module.end_dim) != 1):
         problem = "only nn.Flatten(1) leaves a vector as it is"
     if kind is None or problem:
         name = f"{path} ({type(module).__name__})"

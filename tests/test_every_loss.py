@@ -1108,11 +1108,11 @@ def test_every_argument_but_the_maps_is_by_keyword(name):
 # --- Errors of modules and functions --------------------------------------------------------------
 
 ONE_INPUT = {
-    **{name: lambda x, name=name: build(name)(x) for name in MODULES},
+    **{name: lambda x, name=name: build(name)(x) for name in MODULES if name != "PixelHead"},
     "PixelQueue.enqueue": lambda x: PixelQueue(8, WIDTH).enqueue(x),
     "PixelQueue.enqueue_pooled": lambda x: PixelQueue(8, WIDTH).enqueue_pooled(x),
 }
-"""Everything that takes one tensor."""
+"""Everything that takes one tensor but PixelHead, which torch.fx can trace: it has PyTorch's layers."""
 
 
 def input_of(name):

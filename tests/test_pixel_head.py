@@ -42,6 +42,7 @@ def test_it_is_projector_and_predictor(hidden, widths, predictor):
         assert [layer.num_features for layer in part[1::3]] == list(widths)
     x = random(2, 5, 3, 4, dtype=torch.float32)
     assert torch.equal(head(x), head.predictor(head.projector(x)))
+    assert torch.equal(torch.fx.symbolic_trace(head)(x), head(x))  # PyTorch's layers, no checks
 
 
 def test_it_equals_the_loop():

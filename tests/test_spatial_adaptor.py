@@ -226,7 +226,7 @@ LAST = ("linear without bias", 5)
 FIXED = ("batch norm without affine", 0)
 HEADS = {
     "mocov3_resnet": [*HIDDEN, LAST, FIXED],
-    "mocov3_vit": [*HIDDEN, *HIDDEN, LAST, FIXED],
+    "mocov3_vit": [("flatten", 0), *HIDDEN, *HIDDEN, LAST, FIXED],
     "byol": [*BIASED, LAST],
     "swav": [*BIASED, ("linear", 5), ("l2", 0), ("linear without bias", 12)],
     "swav_projection": [*BIASED, ("linear", 5), ("l2", 0)],
@@ -730,9 +730,9 @@ def test_frozen_teacher_stays_bit_identical_while_a_surrounding_model_trains(nam
         model(images).backward()
         optimizer.step()
     assert model.adaptor.training
-    assert model.adaptor.eval() is model.adaptor
-    assert not model.adaptor.train(False).training
     assert not any(module.training for module in model.adaptor.head.modules())
+    assert model.adaptor.eval() is model.adaptor
+    assert not model.adaptor.training
     assert not any(parameter.requires_grad for parameter in model.adaptor.parameters())
     assert model.backbone.weight.grad is None
     for key, value in model.state_dict().items():
