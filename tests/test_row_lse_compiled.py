@@ -20,7 +20,7 @@ from pixdistill.ops.row_lse import (
     triton_kernels,
 )
 
-LAUNCH = launch.Launch(BN=32, BM=16, warps=4, stages=2)
+LAUNCH = launch.Launch(BN=32, BM=16, warps=4, stages=2, resident=1)
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -248,38 +248,37 @@ def test_offsets_have_sixty_four_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "table"),
-    [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"),
-     ("sm_100", "sm_90"), ("sm_120", "sm_80")],
+    ("capability", "table"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_90"),
+     ((12, 0), "sm_80")],
 )  # fmt: skip
-def test_small_shared_memory_takes_the_small_table(architecture, table):
-    for width in (64, 128, 256):
-        chosen = launch.launch_of(architecture, torch.bfloat16, width, False)
-        assert chosen == launch.LAUNCH_TABLE[table][width]
+def test_small_shared_memory_takes_the_small_table(capability, table, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for width in (16, 64, 128, 256):
+        chosen = launch.launch_of(torch.device("cuda"), torch.bfloat16, width)
+        assert chosen == launch.LAUNCH[table][max(64, width)]
+    assert launch.launch_of(torch.device("cpu"), torch.float16, 64) == launch.LAUNCH["sm_90"][64]
 
 
 @pytest.mark.parametrize(
-    ("programs", "tiles", "split"), [(1, 1000, 264), (132, 1000, 2), (264, 1000, 1)]
-)
-def test_each_multiprocessor_gets_two_programs(programs, tiles, split, monkeypatch):
-    """On a GPU with 132 of them, as PyTorch describes it."""
+    ("programs", "tiles", "splits"),
+    [(1, 1024, 64), (4, 512, 64), (49, 512, 5), (98, 1024, 8), (256, 256, 1), (264, 1000, 1),
+     (265, 1000, 10), (300, 1000, 7), (4, 7, 1), (4, 16, 2), (0, 10, 1), (3, 0, 1)],
+)  # fmt: skip
+def test_splits_fill_whole_waves(programs, tiles, splits, monkeypatch):
+    """On a GPU of 132 multiprocessors with two programs each."""
     facts = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    splits, each = launch.split(programs, tiles, torch.device("cuda"), None)
-    assert each == -(-tiles // split)
-    assert splits == -(-tiles // each)
-
-
-def test_a_gpu_is_known_by_its_architecture(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert launch.architecture_of(torch.device("cuda")) == "sm_86"
-    assert launch.architecture_of(torch.device("cpu")) == "sm_90"
+    each = launch.Launch(64, 64, 4, 2, resident=2)
+    got, per_split = launch.splits_of(programs, tiles, each, torch.device("cuda"))
+    assert per_split == -(-max(1, tiles) // splits)
+    assert got == -(-max(1, tiles) // per_split)
 
 
 def test_splits_share_all_tiles_and_none_is_empty():
     sizes = itertools.product((0, 1, 3), (0, 1, 6, 7, 8), (None, 1, 2, 3, 4, 50))
     for programs, tiles, asked in sizes:
-        splits, each = launch.split(programs, tiles, torch.device("cpu"), asked)
+        splits, each = launch.splits_of(programs, tiles, LAUNCH, torch.device("cpu"), asked)
         assert (splits - 1) * each < max(1, tiles) <= splits * each
         assert asked is None or splits <= asked
 

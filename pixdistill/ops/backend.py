@@ -31,13 +31,13 @@ def choose(backend: Backend, device: torch.device, why_not_triton: str | None) -
             raise ValueError(
                 f'backend="triton" cannot run here: {why_not_triton}. Use backend="auto".'
             )
-        return "torch" if _without_data() else "triton"
+        return "torch" if without_data() else "triton"
     if backend == "auto" and device.type == "cuda" and why_not_triton is None:
-        return "torch" if _without_data() else "triton"
+        return "torch" if without_data() else "triton"
     return "torch" if backend == "auto" else backend
 
 
-def _without_data() -> bool:
+def without_data() -> bool:
     """Whether tensors have shapes only (FakeTensorMode), which no kernel can be launched with."""
     if torch.compiler.is_compiling():
         return False

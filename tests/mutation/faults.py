@@ -182,7 +182,7 @@ FAULTS = [
         (
             "choose",
             "a kernel is launched with shapes alone",
-            'return "torch" if _without_data() else "triton"\n    if',
+            'return "torch" if without_data() else "triton"\n    if',
             'return "triton"\n    if',
             "training_loops::shapes_of_a_loss_that_would_launch_kernels",
         ),

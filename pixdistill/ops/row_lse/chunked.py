@@ -1,19 +1,23 @@
-"""Streaming PyTorch form of `row_lse`: two matrix products a block of keys, nothing of size N x M.
+"""PyTorch form of `row_lse` in blocks: two matrix products per block of keys, nothing of size N x M.
 
-It serves the CPU, float64, features wider than the fused kernel takes, and strict float32 on CUDA.
+It serves the CPU, float64, strict float32 on CUDA, and features wider than the fused kernel takes. Two
+faster forms stand beside it: `attention.py` on a CPU, and `exponentials.py`, which on CUDA makes one
+kernel of all that happens between the two products.
 """
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..backend import sum_dtype
+from ..backend import sum_dtype, why_no_kernel
+from . import attention
 
-# Logits held at once: 4 MiB of float32 stay in a CPU's cache; a GPU wants enough work a launch.
+# Logits held at once: 4 MiB of float32 stay in a CPU's cache; a GPU needs enough work per launch.
 _CPU_BLOCK = (1024, 1024)
-_CUDA_BLOCK = (4096, 4096)
+_CUDA_BLOCK = (8192, 4096)
 
 
 def row_lse(
@@ -27,53 +31,52 @@ def row_lse(
     with_weighted_keys: bool,
     with_max: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-sum-exp `[G, N]`, softmax-weighted mean of the keys `[G, N, D]` and max_logit logit `[G, N]`.
+    """Log-sum-exp `[G, N]`, softmax-weighted mean of the keys `[G, N, D]` and largest logit `[G, N]`.
 
-    Shapes as in the package's operator: query `[G, N, D]`, keys `[G, M, D]`, key_mask `[G, M]`.
-    `subtract_max` subtracts a running maximum; without it the caller vouches that `exp(logit)` and its
-    sum stay in range.
+    query `[G, N, D]`; keys `[G, M, D]` and key_mask `[G, M]`, or `[1, ...]` where all share them.
+    `subtract_max` subtracts a running maximum; without it `exp(logit)` and its sum must stay in range.
     """
+    if with_weighted_keys and not with_max and attention.fits(query, keys):
+        return *attention.row_lse(query, keys, scale, key_mask, exclude_offset), None
     dtype = sum_dtype(query)
     operand = _operand_dtype(query)
-    groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
-    keys, key_mask = _expand(keys, key_mask, groups)
-    lse = query.new_full((groups, rows), -torch.inf, dtype=dtype)
+    keys, key_mask = _expand(query, keys, key_mask)
+    lse = query.new_empty(query.shape[:2], dtype=dtype)
+    weighted_keys = query.new_zeros(query.shape) if with_weighted_keys else None
     max_logit = torch.full_like(lse, -torch.inf) if with_max else None
-    expected = query.new_zeros(query.shape, dtype=query.dtype) if with_weighted_keys else None
-    step_g, step_n, step_m = _block_sizes(query, columns)
-    buffer = query.new_empty(step_g * step_n * step_m, dtype=dtype)
+    step_g, step_n, step_m = _block_sizes(query, keys)
+    buffer = query.new_empty((step_g * step_n * step_m,), dtype=dtype)
+    fused = _fused(query)
 
-    for g in _slices(groups, step_g):
-        for n in _slices(rows, step_n):
-            scaled = (query[g, n].to(dtype) * scale).to(operand)
-            total = scaled.new_zeros(scaled.shape[:2], dtype=dtype)
-            top = torch.full_like(total, -torch.inf)
-            weighted = torch.zeros_like(scaled, dtype=dtype) if expected is not None else None
-            for m in _slices(columns, step_m):
+    for g in _slices(query.shape[0], step_g):
+        for n in _slices(query.shape[1], step_n):
+            rows = query[g, n].to(operand)
+            total = rows.new_zeros(rows.shape[:2], dtype=dtype)
+            top = torch.full_like(total, -torch.inf) if subtract_max or with_max else None
+            weighted: Tensor | None = None
+            for m in _slices(keys.shape[1], step_m):
                 block, seen = _key_block(keys, key_mask, g, m, operand)
-                logits = _product(scaled, block.mT, buffer)
-                _hide(logits, seen, exclude_offset, n.start, m.start)
-                if subtract_max or with_max:
-                    new_top = torch.maximum(top, logits.amax(dim=-1))
-                if subtract_max:
-                    shift = new_top.clamp_min(torch.finfo(dtype).min)  # no key yet: -inf stays -inf
-                    shrink = (top - shift).exp_()
-                    logits.sub_(shift.unsqueeze(-1))
-                    total.mul_(shrink)
-                    if weighted is not None:
-                        weighted.mul_(shrink.unsqueeze(-1))
-                if subtract_max or with_max:
-                    top = new_top
-                logits.exp_()
-                total.add_(logits.sum(dim=-1))
-                if weighted is not None:
-                    _add_product(weighted, logits, block)
-            lse[g, n] = total.log() + top if subtract_max else total.log()
-            if max_logit is not None:
+                diagonal = _diagonal(exclude_offset, n, m)
+                if fused is not None:
+                    logits = _product(rows, block.mT, 1.0, buffer)
+                    weights, shrink = fused.exponentials(
+                        logits, scale, seen, diagonal, total, top, subtract_max, operand
+                    )
+                else:
+                    weights = _product(rows, block.mT, scale, buffer)
+                    _hide(weights, seen, diagonal)
+                    shrink = _exponentials(weights, total, top, subtract_max)
+                if with_weighted_keys:
+                    weighted = _add_product(weighted, shrink, weights, block)
+            torch.log(total, out=lse[g, n])
+            if top is not None and subtract_max:
+                lse[g, n] += top
+            if top is not None and max_logit is not None:
                 max_logit[g, n] = top
-            if expected is not None and weighted is not None:
-                expected[g, n] = weighted.div_(total.masked_fill(total == 0, 1.0).unsqueeze(-1))
-    return lse, expected, max_logit
+            if weighted is not None and weighted_keys is not None:
+                safe = total.masked_fill_(total == 0, 1.0).unsqueeze(-1)
+                torch.div(weighted, safe, out=weighted_keys[g, n])
+    return lse, weighted_keys, max_logit
 
 
 def row_lse_grad_keys(
@@ -85,35 +88,50 @@ def row_lse_grad_keys(
     exclude_offset: int | None,
     lse: Tensor,
 ) -> Tensor:
-    """`(softmax(logits) * grad_rows[..., None]).mT @ query` `[G, M, D]`, probabilities recomputed."""
+    """`(softmax(logits) * grad_rows[..., None]).mT @ query`, in the keys' shape: added over `[G, ...]`
+    where these share the keys. Probabilities are computed again, from lse.
+    """
     dtype = sum_dtype(query)
     operand = _operand_dtype(query)
-    groups, rows, columns = query.shape[0], query.shape[1], keys.shape[1]
-    shared = keys.shape[0] == 1 and groups > 1
-    keys, key_mask = _expand(keys, key_mask, groups)
-    grad_keys = keys.new_zeros((groups, *keys.shape[1:]), dtype=dtype if shared else keys.dtype)
-    step_g, step_n, step_m = _block_sizes(query, columns)
-    buffer = query.new_empty(step_g * step_n * step_m, dtype=dtype)
+    # probability times gradient is too small for float16
+    weight_dtype = dtype if operand == torch.float16 else operand
+    shared = keys.shape[0] < query.shape[0]
+    keys, key_mask = _expand(query, keys, key_mask)
+    grad_keys = keys.new_zeros(keys.shape, dtype=dtype if shared else keys.dtype)
+    step_g, step_n, step_m = _block_sizes(query, keys)
+    buffer = query.new_empty((step_g * step_n * step_m,), dtype=dtype)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without keys has no probabilities
+    fused = _fused(query)
 
-    for g in _slices(groups, step_g):
-        for m in _slices(columns, step_m):
+    for g in _slices(query.shape[0], step_g):
+        for m in _slices(keys.shape[1], step_m):
             block, seen = _key_block(keys, key_mask, g, m, operand)
-            total = torch.zeros_like(block, dtype=dtype)
-            for n in _slices(rows, step_n):
-                scaled = (query[g, n].to(dtype) * scale).to(operand)
-                weights = _product(scaled, block.mT, buffer)
-                _hide(weights, seen, exclude_offset, n.start, m.start)
-                weights.sub_(lse[g, n].unsqueeze(-1)).exp_().mul_(grad_rows[g, n].unsqueeze(-1))
-                total += weights.mT @ query[g, n].to(dtype)
-            grad_keys[g, m] = total
+            total: Tensor | None = None
+            for n in _slices(query.shape[1], step_n):
+                rows = query[g, n].to(operand)
+                diagonal = _diagonal(exclude_offset, n, m)
+                if fused is not None:
+                    logits = _product(rows, block.mT, 1.0, buffer)
+                    weights = fused.grad_weights(
+                        logits, scale, seen, diagonal, lse[g, n], grad_rows[g, n], weight_dtype
+                    )
+                else:
+                    weights = _product(rows, block.mT, scale, buffer)
+                    _hide(weights, seen, diagonal)
+                    weights.sub_(lse[g, n].unsqueeze(-1)).exp_().mul_(grad_rows[g, n].unsqueeze(-1))
+                total = _add_product(total, None, weights.mT, rows.to(weight_dtype))
+            if total is not None:
+                grad_keys[g, m] = total
     return grad_keys.sum(dim=0, keepdim=True).to(keys.dtype) if shared else grad_keys
 
 
-def _expand(keys: Tensor, key_mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
-    if key_mask is not None:
-        key_mask = key_mask.expand(groups, -1)
-    return keys.expand(groups, -1, -1), key_mask
+def _fused(query: Tensor) -> ModuleType | None:
+    """The kernel for what happens between the products, where it runs."""
+    if query.device.type != "cuda" or query.dtype == torch.float64 or why_no_kernel(query.device):
+        return None
+    from . import exponentials  # loads triton
+
+    return exponentials
 
 
 def _operand_dtype(tensor: Tensor) -> torch.dtype:
@@ -121,12 +139,20 @@ def _operand_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.device.type == "cuda" else sum_dtype(tensor)
 
 
-def _block_sizes(query: Tensor, columns: int) -> tuple[int, int, int]:
-    """Groups, queries and keys of a block: a fixed number of logits, whatever the shape."""
+def _expand(query: Tensor, keys: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys and mask with the query's batch: views where all share them."""
+    batch = query.shape[0]
+    if key_mask is not None:
+        key_mask = key_mask.expand(batch, -1)
+    return keys.expand(batch, -1, -1), key_mask
+
+
+def _block_sizes(query: Tensor, keys: Tensor) -> tuple[int, int, int]:
+    """Batch entries, queries and keys of a block: a fixed number of logits, whatever the shape."""
     step_n, step_m = _CUDA_BLOCK if query.device.type == "cuda" else _CPU_BLOCK
-    held = max(1, min(step_n, query.shape[1]) * min(step_m, columns))
-    step_g = min(query.shape[0], max(1, step_n * step_m // held))
-    return step_g, min(step_n, query.shape[1]), min(step_m, columns)
+    rows, columns = min(step_n, query.shape[1]), min(step_m, keys.shape[1])
+    step_g = min(query.shape[0], max(1, step_n * step_m // max(1, rows * columns)))
+    return step_g, rows, columns
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -144,33 +170,72 @@ def _key_block(
     return block.masked_fill(~seen.unsqueeze(-1), 0.0), seen
 
 
-def _hide(
-    logits: Tensor, seen: Tensor | None, exclude_offset: int | None, row: int, column: int
-) -> None:
+def _diagonal(exclude_offset: int | None, n: slice, m: slice) -> int | None:
+    """Inside a block, column `row + diagonal` is excluded; None where the block has no such column."""
+    if exclude_offset is None:
+        return None
+    diagonal = n.start + exclude_offset - m.start
+    return diagonal if n.start - n.stop < diagonal < m.stop - m.start else None
+
+
+def _hide(logits: Tensor, seen: Tensor | None, diagonal: int | None) -> None:
     """Set the logits that do not count to -inf, in place."""
     if seen is not None:
         logits.masked_fill_(~seen.unsqueeze(-2), -torch.inf)
-    if exclude_offset is not None:
-        offset = row + exclude_offset - column
-        if -logits.shape[1] < offset < logits.shape[2]:
-            logits.diagonal(offset, dim1=1, dim2=2).fill_(-torch.inf)
+    if diagonal is not None:
+        logits.diagonal(diagonal, dim1=1, dim2=2).fill_(-torch.inf)
 
 
-def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Batched `a @ b` with float32 sums; in `buffer` unless the operands are half."""
-    if a.dtype == torch.float32 or a.dtype == torch.float64:
-        if buffer is None:
-            return torch.bmm(a, b)
-        shape = (a.shape[0], a.shape[1], b.shape[2])
-        return torch.bmm(a, b, out=buffer[: math.prod(shape)].view(shape))
+def _exponentials(
+    logits: Tensor, total: Tensor, top: Tensor | None, subtract_max: bool
+) -> Tensor | None:
+    """Exponentials in place, added to `total`; `top` is the largest logit so far.
+
+    Returns by how much the sums of earlier blocks shrank, where a maximum is subtracted.
+    """
+    shrink = None
+    if top is not None:
+        before = top.clone()
+        torch.maximum(top, logits.amax(dim=-1), out=top)
+        if subtract_max:
+            shift = top.clamp_min(torch.finfo(top.dtype).min)  # no key yet: -inf stays -inf
+            logits.sub_(shift.unsqueeze(-1))
+            shrink = before.sub_(shift).exp_()
+            total.mul_(shrink)
+    total.add_(logits.exp_().sum(dim=-1))
+    return shrink
+
+
+def _product(a: Tensor, b: Tensor, scale: float | Tensor, buffer: Tensor) -> Tensor:
+    """Batched `scale * a @ b` in the dtype of the buffer, which holds it unless operands are half."""
+    if isinstance(scale, Tensor):
+        a, scale = (a * scale).to(a.dtype), 1.0
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    if a.dtype == buffer.dtype:
+        return buffer[: math.prod(shape)].view(shape).baddbmm_(a, b, beta=0, alpha=scale)
+    product = _half_product(a, b)
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+def _half_product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched `a @ b` of half operands, in float32."""
     if a.device.type == "cuda" and hasattr(torch.ops.aten.bmm, "dtype"):  # since torch 2.8
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b).float()
 
 
-def _add_product(total: Tensor, weights: Tensor, block: Tensor) -> None:
-    """`total += weights @ block` in place, with the weights rounded to the block's dtype."""
-    if block.dtype == total.dtype:
-        total.baddbmm_(weights, block)
-    else:
-        total += _product(weights.to(block.dtype), block)
+def _add_product(
+    total: Tensor | None, shrink: Tensor | None, weights: Tensor, block: Tensor
+) -> Tensor:
+    """`shrink * total + weights @ block`, in place; the weights are rounded to the block's dtype."""
+    if total is not None and shrink is not None:
+        total.mul_(shrink.unsqueeze(-1))
+    half = block.dtype in (torch.float16, torch.bfloat16)
+    weights = weights.to(block.dtype)
+    if total is None:
+        return _half_product(weights, block) if half else torch.bmm(weights, block)
+    if not half:
+        return total.baddbmm_(weights, block)
+    if block.device.type == "cuda" and hasattr(torch.ops.aten.baddbmm, "dtype_out"):
+        return torch.ops.aten.baddbmm.dtype_out(total, weights, block, total.dtype, out=total)
+    return total.add_(_half_product(weights, block))

@@ -1,28 +1,66 @@
-"""With which tiles the kernels of `row_lse` are launched: plain tables, no Triton needed."""
+"""With which tiles the kernels of `row_lse` are launched: plain tables, no Triton needed.
 
+On sm_90 the tiles were measured (an H200, bfloat16); on sm_80 and others they are unmeasured, chosen by
+what the compiler reports. None spills in a loop (`python -m benchmarks kernels`).
+"""
+
+import functools
 from typing import NamedTuple
 
 import torch
 
 
 class Launch(NamedTuple):
-    """Tile of queries BN, tile of keys BM, warps, pipeline stages."""
+    """Rows of a tile of queries and of keys, warps, pipeline stages, programs per multiprocessor."""
 
     BN: int
     BM: int
     warps: int
     stages: int
+    resident: int
+    masked: int = 32
+    """Rows of a tile of keys where a mask is read with it, which needs more registers."""
 
 
-# By architecture and padded width. `python -m benchmarks kernels` compiles every entry: no spills, and
-# the sm_80 table fits the smaller shared memory of sm_86, sm_89 and sm_120.
-LAUNCH_TABLE = {
-    "sm_90": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 3), 256: Launch(128, 64, 8, 2)},
-    "sm_80": {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 64, 8, 2)},
+# By architecture and padded width. The sm_80 tables fit the smaller shared memory of sm_86, sm_89 and
+# sm_120; sm_90 serves Hopper and data-centre Blackwell.
+LAUNCH = {
+    "sm_90": {
+        64: Launch(64, 64, 4, 3, resident=4, masked=64),
+        128: Launch(64, 128, 4, 3, resident=2, masked=128),
+        256: Launch(64, 64, 4, 2, resident=2),
+    },
+    "sm_80": {
+        64: Launch(128, 64, 4, 3, resident=2),
+        128: Launch(128, 64, 8, 3, resident=1, masked=64),
+        256: Launch(64, 64, 8, 2, resident=1),
+    },
 }
-WITH_MAX_LAUNCH = {("sm_90", 256): Launch(128, 32, 8, 3)}  # where one more statistic would spill
-FLOAT32_LAUNCH = {64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 8, 2)}
-GRAD_KEYS_LAUNCH = {64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 2), 256: Launch(32, 64, 8, 2)}
+FLOAT32_LAUNCH = {
+    "sm_90": {
+        64: Launch(64, 64, 4, 2, resident=3, masked=64),
+        128: Launch(64, 32, 4, 2, resident=2),
+    },
+    "sm_80": {
+        64: Launch(64, 64, 4, 2, resident=2, masked=64),
+        128: Launch(32, 64, 4, 2, resident=2, masked=64),
+    },
+}
+GRAD_KEYS_LAUNCH = {
+    64: Launch(32, 64, 4, 2, resident=2),
+    128: Launch(32, 64, 8, 2, resident=1),
+    256: Launch(32, 64, 8, 2, resident=1),
+}
+JOIN_ELEMENTS = 4096  # of a tile of weighted keys, when splits are joined
+MOST_SPLITS = 64
+TILES_PER_SPLIT = 8  # at least: a shorter split costs more to join than it saves
+
+
+def launch_of(device: torch.device, dtype: torch.dtype, width: int) -> Launch:
+    """The tile of the forward kernel, for a padded width."""
+    table = FLOAT32_LAUNCH if dtype == torch.float32 else LAUNCH
+    architecture = "sm_90" if _capability(device)[0] in (9, 10) else "sm_80"
+    return table[architecture][max(64, width)]
 
 
 def padded_width(width: int) -> int:
@@ -30,35 +68,38 @@ def padded_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def launch_of(architecture: str, dtype: torch.dtype, width: int, with_max: bool) -> Launch:
-    """The entry of the launch table: sm_90 for Hopper and data-centre Blackwell, sm_80 for others."""
-    bucket = max(64, padded_width(width))
-    if dtype == torch.float32:
-        return FLOAT32_LAUNCH[bucket]
-    table = "sm_90" if architecture in ("sm_90", "sm_100", "sm_103") else "sm_80"
-    usual = LAUNCH_TABLE[table][bucket]
-    return WITH_MAX_LAUNCH.get((table, bucket), usual) if with_max else usual
-
-
-def architecture_of(device: torch.device) -> str:
-    """The name of a device's architecture; for the interpreter, which takes any, Hopper's."""
-    if device.type != "cuda":
-        return "sm_90"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def split(programs: int, tiles: int, device: torch.device, splits: int | None) -> tuple[int, int]:
-    """Shares of the streamed axis, and tiles a share, that give each multiprocessor two programs."""
+def splits_of(
+    programs: int, tiles: int, launch: Launch, device: torch.device, splits: int | None = None
+) -> tuple[int, int]:
+    """Splits of the streamed axis and tiles per split, so that programs fill whole waves of the GPU."""
     if splits is None:
-        multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count
-            if device.type == "cuda"
-            else 1
-        )
-        splits = _cdiv(2 * multiprocessors, max(1, programs))
-    per_split = _cdiv(max(1, tiles), max(1, splits))
+        splits = _best_splits(programs, tiles, _multiprocessors(device) * launch.resident)
+    per_split = _cdiv(max(1, tiles), splits)
     return _cdiv(max(1, tiles), per_split), per_split
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_splits(programs: int, tiles: int, slots: int) -> int:
+    """Each further split has to gain the one percent that it costs to join."""
+    best, best_filled = 1, 0.0
+    for splits in range(1, min(MOST_SPLITS, max(1, tiles // TILES_PER_SPLIT)) + 1):
+        steps = _cdiv(programs * splits, slots) * _cdiv(tiles, splits)
+        filled = programs * tiles / max(1, steps * slots)
+        if filled > best_filled * (1 + 0.01 * (splits - best)):
+            best, best_filled = splits, filled
+    return best
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Their number; 1 under the interpreter, which runs one program at a time."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; Hopper's for the interpreter, which takes any tile."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _cdiv(a: int, b: int) -> int:
