@@ -136,8 +136,48 @@ def _patch_lse_calls() -> Iterator[dict[str, Any]]:
         yield {"width": 8, "patch": 8, "dtype": "bfloat16"} | mask | layout
 
 
+def contrast(
+    dtype: str = "float32",
+    D: int = 128,
+    valid_mask: bool = False,
+    strided: bool = False,
+    components: bool = False,
+    learned: bool = False,
+) -> None:
+    """What surrounds the pass over the keys, with rows of bfloat16; `dtype` is that of the maps."""
+    from pixdistill.ops.contrast import triton_kernels
+
+    student, teacher = (empty(2, D, 16, 32, dtype=DTYPES[dtype]) for _ in range(2))
+    if strided:
+        student, teacher = (x[..., 1:, 1:] for x in (student, teacher))
+    pixels = student[:, 0].numel()
+    rows, stats = empty(2, pixels, D, dtype=torch.bfloat16), empty(4, pixels)
+    valid = empty(*student[:, 0].shape, dtype=torch.bool) if valid_mask else None
+    scale = empty() if learned else 5.0
+    tie = triton_kernels.prepare(
+        rows, stats, student, teacher, valid, normalize=True, with_tie=components
+    )
+    part = (stats[0], rows[0], stats[0] if components else None)
+    triton_kernels.join(part, part, rows.dtype)
+    loss, _, count = triton_kernels.finish(
+        stats[0], part[2], tie, stats, scale, valid, "none" if strided else "mean"
+    )
+    triton_kernels.backward(
+        loss, student, rows, stats, rows[0], count, scale,
+        normalize=True, mean=not strided, needs_scale=learned,
+    )  # fmt: skip
+
+
+def _contrast_calls() -> Iterator[dict[str, Any]]:
+    full = {"valid_mask": True, "strided": True, "components": True, "learned": True}
+    for dtype, D in itertools.product(("bfloat16", "float32"), (24, 64, 128, 256)):
+        yield {"dtype": dtype, "D": D}
+        yield {"dtype": dtype, "D": D} | full
+
+
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[[], Iterator[dict[str, Any]]]]] = {
     "row_lse": (row_lse, _row_lse_calls),
+    "contrast": (contrast, _contrast_calls),
     "patch_lse": (patch_lse, _patch_lse_calls),
 }
 """Each operator: a function that calls it, and the arguments worth compiling."""

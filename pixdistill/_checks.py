@@ -121,12 +121,12 @@ def maps(student: Tensor, teacher: Tensor) -> None:
     floating("student", student)
     floating("teacher", teacher)
     swapped(student, teacher)
-    if 3 <= student.dim() <= 5 and student.shape == teacher.shape:
+    if 3 <= student.dim() <= 5 and student.shape == teacher.shape and student.shape[1] > 0:
         device("teacher", teacher, student)
         return
     raise ValueError(
-        "student and teacher must be maps [B, C, *spatial] of one shape, with one to three spatial "
-        f"axes; got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. "
+        "student and teacher must be maps [B, C, *spatial] of one shape, C at least 1, one to three "
+        f"spatial axes; got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}. "
         + _remedy(student, teacher)
     )
 
@@ -162,9 +162,9 @@ def rows(student: Tensor, teacher: Tensor) -> None:
     floating("student", student)
     floating("teacher", teacher)
     swapped(student, teacher)
-    if student.dim() < 2 or student.shape != teacher.shape:
+    if student.dim() < 2 or student.shape != teacher.shape or student.shape[-1] == 0:
         raise ValueError(
-            f"student and teacher must be vectors [..., N, D] of one shape; got student "
+            f"student and teacher must be vectors [..., N, D] of one shape, D at least 1; got student "
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}. Row n of the teacher is the "
             "positive of row n of the student."
         )

@@ -206,12 +206,12 @@ class PixelContrastLoss(nn.Module):
         _checks.keys("the queue's keys", keys, student, student.shape[1])
         gathers = self.gather_distributed and world_size() > 1
         loss, metrics = contrast(
-            student,
-            teacher,
+            _as_2d(student, 2),
+            _as_2d(teacher, 2),
             1.0 / self.temperature,
             negatives=self.negatives,
             queue_keys=keys,
-            valid_mask=valid_mask,
+            valid_mask=None if valid_mask is None else _as_2d(valid_mask, 1),
             normalize=self.normalize,
             reduction="sum" if gathers and self.reduction == "mean" else self.reduction,
             backend=self.backend,
@@ -250,3 +250,11 @@ class PixelContrastLoss(nn.Module):
             f"reduction={self.reduction!r}, backend={self.backend!r}"
             + (f", gather_mode={self.gather_mode!r}" if self.gather_distributed else "")
         )
+
+
+def _as_2d(tensor: Tensor, first: int) -> Tensor:
+    """Two spatial axes, from one or three that begin at axis `first`."""
+    axes = tensor.dim() - first
+    if axes == 2:
+        return tensor
+    return tensor.unsqueeze(first) if axes == 1 else tensor.flatten(first, first + 1)

@@ -675,7 +675,6 @@ def peak_on_rank(rank, pixels):
     return peaks, live.peak, len(blocks), count
 
 
-@pytest.mark.xfail(reason="until the operator consumes the blocks one by one")
 def test_the_ring_holds_two_blocks_whatever_the_number_of_ranks():
     pixels = 4096
     size = pixels * 16 * 4

@@ -51,19 +51,7 @@ all_names = pytest.mark.parametrize("name", ALL)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 HALF = (torch.float16, torch.bfloat16)
 
-PENDING = {
-    "test_student_and_teacher_swapped_is_named": ("af_dcd",),
-    "test_transforms_of_torch_func": ("jvp-contrast",),
-    "test_components_": ("af_dcd",),
-    "test_tensors_that_carry_metadata": ("contrast", "triton-af_dcd"),
-    "test_repr_shows_every_setting": ("AfDCDLoss",),
-    "test_pairs_may_be": ("AfDCDLoss",),
-    "test_functions_name": ("contrast_loss", "af_dcd_loss", "patch_lse", "float8-row"),
-    "test_every_public_function": ("",),
-    "test_an_axis_of_size_zero": (
-        *(f"1-{b}-contrast, {n}" for b in BACKENDS for n in ("batch", "image")),
-    ),
-}
+PENDING: dict[str, tuple[str, ...]] = {}
 """Tests, and their cases, that wait for the rewriting of a module. Delete what passes; empty in the end.
 
 PENDING=run runs them too.
@@ -460,12 +448,13 @@ def loss_dtype(loss):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_transforms_of_torch_func_raise_and_reference_works(name, transform, backend):
     student, teacher = (x.to(device_of(backend)) for x in inputs(name))
+    direction = student.flip(0)  # along the student itself, a cosine does not change
 
     def transformed(loss):
         if transform == "grad":
             return torch.func.grad(lambda s: loss(s, teacher))(student)
         if transform == "jvp":
-            return torch.func.jvp(lambda s: loss(s, teacher), (student,), (student,))[1]
+            return torch.func.jvp(lambda s: loss(s, teacher), (student,), (direction,))[1]
         each = torch.func.vmap(torch.func.grad(lambda s: loss(s, teacher)))
         return each(torch.stack([student, student.flip(0)]))
 
@@ -474,7 +463,7 @@ def test_transforms_of_torch_func_raise_and_reference_works(name, transform, bac
     loss = build(name, "reference").to(device_of(backend))
     right = outcome(loss, student, teacher).grads[0].to(student)
     if transform == "jvp":
-        assert_close(transformed(loss), (right * student).sum(), 10 * float32_tolerance(backend))
+        assert_close(transformed(loss), (right * direction).sum(), 10 * float32_tolerance(backend))
         return
     ours = transformed(loss)
     assert_close(ours if transform == "grad" else ours[0], right, float32_tolerance(backend))

@@ -97,9 +97,7 @@ def test_only_kernels_import_triton(path):
         assert "triton" not in names
 
 
-@pytest.mark.parametrize(
-    "folder", [each for each in FOLDERS if each.name != "contrast"], ids=lambda folder: folder.name
-)  # which waits for its kernels
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_operators_have_the_same_files(folder):
     wanted = {"__init__", "reference", "chunked", "triton_kernels", "launch"}
     assert wanted <= {path.stem for path in folder.glob("*.py")}

@@ -87,6 +87,14 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]
     return contextlib.nullcontext()
 
 
+def without_subclass(tensor: Tensor) -> Tensor:
+    """A plain tensor in place of one that only carries metadata, whose methods may differ."""
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
 def detached(tensor: Tensor) -> Tensor:
     """The tensor without its graph.
 

@@ -1,19 +1,50 @@
-"""`contrast`: from two maps to the contrastive loss of their pixels."""
+"""`contrast`: from the maps of student and teacher to the contrastive loss of their pixels, in one node.
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+Row i of the student is q_i, its positive is row i of the teacher, k_i, and its negatives are n:
+
+    lse_i    = logsumexp_n(scale * <q_i, n>)
+    margin_i = lse_i - scale * <q_i, k_i>
+    loss_i   = softplus(margin_i) = -log( e^(scale <q_i,k_i>) / (e^(scale <q_i,k_i>) + e^lse_i) ).
+
+Forward: `prepare` writes the rows of both maps, their inverse norms and <q_i, k_i>. The pass of
+`row_lse` streams each set of negatives once; it gives lse_i and the negatives' mean, weighted by their
+softmax: weighted_keys_i. `join` adds two sets. `finish` computes margin, loss and their reduction.
+
+Backward: the teacher is frozen, so d lse_i / d q_i = scale * weighted_keys_i is the whole gradient of
+the pass, and
+
+    d loss_i / d q_i = sigmoid(margin_i) * scale * (weighted_keys_i - k_i);
+
+`backward` leads it on through the normalisation to the student's map. Of all keys, only the positives
+are saved: a queue may be overwritten between forward and backward.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import Backend, detached, operand_dtype
-from ..row_lse import row_lse_and_max
+from ..backend import (
+    Backend,
+    FirstOrderOnly,
+    choose,
+    no_autocast,
+    operand_dtype,
+    refuse_transforms,
+    sum_dtype,
+)
+from ..row_lse import row_lse_forward, why_not_triton
+from . import chunked, reference
+from .launch import MAX_WIDTH
 
 Negatives = Literal["batch", "image"] | None
 Reduction = Literal["mean", "sum", "none"]
-Exchange = Callable[[Tensor, Tensor | None], Iterable[tuple[Tensor, Tensor | None, int | None]]]
+Keys = tuple[Tensor, Tensor | None, int | None]
+"""keys `[..., M, D]`, key_mask `[..., M]` and exclude_offset, as `row_lse` takes them"""
+Exchange = Callable[[Tensor, Tensor | None], Iterable[Keys]]
+"""From this rank's keys `[N, D]` and mask `[N]` to those of all ranks, block by block."""
 
 
 def contrast(
@@ -30,78 +61,263 @@ def contrast(
     with_metrics: bool = False,
     exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and accuracy and mean positive similarity `[2]` where asked for."""
-    batch, width = student.shape[:2]
-    pixels = student.shape[2:].numel()
-    shape = (batch, pixels) if negatives == "image" else (batch * pixels,)
-    teacher = detached(teacher)
-    mask = None if valid_mask is None else valid_mask.reshape(shape)
-    student = student.flatten(2).mT.reshape(*shape, width)
-    teacher = teacher.flatten(2).mT.reshape(*shape, width)
-    if mask is not None:
-        student = student.masked_fill(~mask.unsqueeze(-1), 0.0)
-        teacher = teacher.masked_fill(~mask.unsqueeze(-1), 0.0)
-    if normalize:
-        teacher = _unit(teacher.to(torch.promote_types(student.dtype, teacher.dtype)))
-        student = _unit(student)
-    bound = scale if normalize and not isinstance(scale, Tensor) else None
-    dtype = torch.promote_types(student.dtype, torch.float32)
+    """The loss, and `[2]` accuracy and mean similarity of the positives where asked for.
+
+    Args:
+        student, teacher: `[B, D, H, W]`, any strides, any floating-point dtypes.
+        scale: 1 / temperature: a number, or one element that may require a gradient.
+        negatives: the other pixels of the batch, of the image, or none of them.
+        queue_keys: `[K, D]`, negatives of all pixels; unit vectors if `normalize`.
+        valid_mask: `[B, H, W]` bool. Where False, a pixel is neither anchor nor negative.
+        normalize: divide rows by their norm; zero, with zero gradient, at a norm of at most 1e-12.
+        reduction: mean over valid pixels, sum, or none: `[B * H * W]`, 0 at invalid pixels.
+        exchange: gives the keys of all ranks in place of the batch's own.
+
+    Nothing is checked here. Products run in the dtype of `operand_dtype(student)`; loss and metrics
+    have the dtype of sums.
+    """
+    operand, dtype = operand_dtype(student), sum_dtype(student)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()).to(dtype)
-    similarity = (student.to(dtype) * teacher.to(dtype)).sum(dim=-1)
-    positive = scale * similarity
-    keys = teacher.to(operand_dtype(teacher))
-    options: dict[str, Any] = {
-        "logit_bound": bound,
-        "backend": backend,
-        "with_max": with_metrics,
-    }
-    sources: list[tuple[Tensor, Tensor | None, int | None]] = []
-    if negatives is not None:
-        if exchange is None:
-            sources.append((keys, mask, 0))
-        else:  # blocks are overwritten
-            sources += [
-                (block.clone(), None if m is None else m.clone(), offset)
-                for block, m, offset in exchange(keys, mask)
-            ]
-    if queue_keys is not None:
-        sources.append((detached(queue_keys), None, None))
-    parts = [
-        row_lse_and_max(student, keys, scale, key_mask=key_mask, exclude_offset=offset, **options)
-        for keys, key_mask, offset in sources
-    ]
-    none = functools.reduce(torch.logical_and, [part == -torch.inf for part, _ in parts])
-    lse = torch.stack([part.masked_fill(none, 0.0) for part, _ in parts]).logsumexp(dim=0)
-    lse = lse.masked_fill(none, -torch.inf)
-    loss = F.softplus(lse - positive, threshold=40)
-    if mask is not None:
-        loss = loss.masked_fill(~mask, 0.0)
-    count: Any = max(loss.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    metrics = None
-    if with_metrics:
-        query = student.to(operand_dtype(student))
-        tie = (query.to(dtype) * keys.to(dtype)).sum(dim=-1).detach() * scale
-        reach = tie + 1e-5 * tie.abs()
-        correct = functools.reduce(
-            torch.logical_and, [top <= reach for _, top in parts if top is not None]
-        ).to(dtype)
-        logged = torch.stack([correct, similarity.detach()]).flatten(1)
-        if mask is not None:
-            logged = logged.masked_fill(~mask.flatten(), 0.0)
-        metrics = (logged.sum(dim=1) / count).detach()
-    if reduction == "none":
-        return loss.reshape(batch, pixels), metrics
-    loss = loss.sum()
-    return (loss / count if reduction == "mean" else loss), metrics
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    dtype = torch.promote_types(vectors.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
-    short, long = norm <= 1e-12, norm == torch.inf
-    norm = torch.linalg.vector_norm(
-        vectors.masked_fill(short, 1.0), dim=-1, keepdim=True, dtype=dtype
+    teacher = teacher.detach()
+    queue_keys = None if queue_keys is None else queue_keys.detach()
+    if backend == "reference":
+        with no_autocast(student.device):
+            return reference.contrast(
+                student, teacher, scale, queue_keys, valid_mask, negatives, normalize, reduction,
+                operand, with_metrics, exchange,
+            )  # fmt: skip
+    refuse_transforms("contrast", student, teacher)
+    bound = scale if normalize and not isinstance(scale, Tensor) else None
+    compiling = torch.compiler.is_compiling() and exchange is None
+    if compiling and not isinstance(scale, Tensor):
+        # A number would be a constant of the graph, compiled again whenever the temperature changes.
+        if bound is not None:  # the bounds that `row_lse` distinguishes
+            bound = 9.0 if bound <= 9.0 else 60.0 if bound <= 60.0 else None
+        scale = torch.ones((), dtype=dtype, device=student.device) * scale
+    with_grad = torch.is_grad_enabled() and (
+        student.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     )
-    inverse = norm.masked_fill(short, torch.inf).reciprocal().masked_fill(long, torch.nan)
-    return (vectors * inverse).to(vectors.dtype)
+    arguments: Any = (
+        student, teacher, scale, bound, queue_keys, valid_mask, negatives, normalize, reduction,
+        backend, operand, with_grad, with_metrics,
+    )  # fmt: skip
+    if compiling:
+        loss, metrics, *_ = contrast_op(*arguments)
+        return loss, metrics if with_metrics else None
+    if not with_grad:
+        loss, metrics, _ = _forward(*arguments, exchange)  # type: ignore[call-arg]
+        return loss, metrics
+    return _Contrast.apply(*arguments, exchange)
+
+
+# --- Forward and backward, without autograd -------------------------------------------------------
+
+
+class Saved(NamedTuple):
+    """What backward needs."""
+
+    rows: Tensor
+    """`[2, N, D]` in the dtype of products: the student's rows q and the teacher's k."""
+    stats: Tensor
+    """`[4, N]` in the dtype of sums: inverse norms of student and teacher (0 at invalid pixels, and
+    without normalisation 1 at all others), similarity <q, k> before rounding, and margin."""
+    weighted_keys: Tensor | None
+    """`[N, D]` in the dtype of products."""
+    num_valid: Tensor | None
+    """Number of valid pixels, at least 1; None without a mask."""
+
+
+def _forward(
+    student: Tensor, teacher: Tensor, scale: float | Tensor, logit_bound: float | None,
+    queue_keys: Tensor | None, valid_mask: Tensor | None, negatives: Any, normalize: bool,
+    reduction: str, backend: Any, operand: torch.dtype, with_grad: bool, with_metrics: bool,
+    exchange: Exchange | None = None,
+) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
+    """Loss and metrics as `contrast` returns them, and what backward needs."""
+    batch, width, height, breadth = student.shape
+    pixels, groups = batch * height * breadth, batch if negatives == "image" else 1
+    shape = (groups, pixels // max(groups, 1))
+    device, dtype = student.device, sum_dtype(student)
+    rows = torch.empty(2, pixels, width, dtype=operand, device=device)
+    stats = torch.empty(4, pixels, dtype=dtype, device=device)
+    form = _form(rows, backend)
+    with no_autocast(device):
+        tie = form.prepare(
+            rows, stats, student, teacher, valid_mask, normalize=normalize, with_tie=with_metrics
+        )
+        query, own_keys = rows.view(2, *shape, width).unbind()
+        mask = None if valid_mask is None else valid_mask.reshape(shape)
+        total: Any = None
+        for keys, key_mask, offset in _sources(own_keys, mask, negatives, queue_keys, exchange):
+            part = row_lse_forward(
+                query, keys, scale, key_mask, offset, logit_bound=logit_bound, backend=backend,
+                with_weighted_keys=with_grad, with_max=with_metrics,
+            )  # fmt: skip
+            # Weighted keys of many blocks are rounded once, at the end.
+            wide = operand if exchange is None else dtype
+            total = part if total is None else form.join(total, part, wide)
+            del part  # not held while the next one is computed
+        lse, weighted_keys, max_logit = total
+        loss, metrics, num_valid = form.finish(
+            lse, max_logit, tie, stats, scale, valid_mask, reduction
+        )
+    if weighted_keys is not None:
+        weighted_keys = weighted_keys.to(operand).reshape(pixels, width)
+    return loss, metrics, Saved(rows, stats, weighted_keys, num_valid)
+
+
+def _sources(
+    keys: Tensor, mask: Tensor | None, negatives: Negatives, queue_keys: Tensor | None,
+    exchange: Exchange | None,
+) -> Iterator[Keys]:  # fmt: skip
+    """Each set of negatives, with where the positives are in it."""
+    if exchange is not None:
+        for block, seen, offset in exchange(keys[0], None if mask is None else mask[0]):
+            yield block.unsqueeze(0), None if seen is None else seen.unsqueeze(0), offset
+    elif negatives is not None:
+        yield keys, mask, 0  # row i of the teacher is the positive of row i
+    if queue_keys is not None:
+        yield queue_keys.unsqueeze(0), None, None
+
+
+def _gradients(
+    grad: Tensor, student: Tensor, rows: Tensor, stats: Tensor, weighted_keys: Tensor,
+    num_valid: Tensor | None, scale: float | Tensor, normalize: bool, mean: bool, backend: Any,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of the student's map, and of a learned scale if asked for."""
+    if num_valid is not None and num_valid.dim() > 0:  # a registered operator has no None
+        num_valid = None
+    return _form(rows, backend).backward(
+        grad, student, rows, stats, weighted_keys, num_valid, scale,
+        normalize=normalize, mean=mean, needs_scale=needs_scale,
+    )  # fmt: skip
+
+
+def _form(rows: Tensor, backend: Backend) -> ModuleType:
+    """The module that computes: the same choice as for the pass over the keys."""
+    chosen = choose(backend, rows.device, why_not_triton(rows))
+    if chosen != "triton" or rows.shape[-1] > MAX_WIDTH:
+        return chunked
+    from . import triton_kernels  # loads triton
+
+    return triton_kernels
+
+
+# --- Autograd -------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: Iterable[Tensor | None]) -> None:
+    student, _, scale, _, _, _, _, ctx.normalize, reduction, ctx.backend, *_ = inputs
+    ctx.mean = reduction == "mean"
+    ctx.scale, learned_scale = (None, scale) if isinstance(scale, Tensor) else (scale, None)
+    ctx.set_materialize_grads(False)
+    # The student's map is saved so that double backward reaches this node and raises.
+    ctx.save_for_backward(student, learned_scale, *saved)
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, gradients: Callable[..., tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of student, teacher and scale."""
+    if grad is None:
+        return None, None, None
+    student, learned_scale, *saved = ctx.saved_tensors
+    needs_student, _, needs_scale, *_ = ctx.needs_input_grad
+    scale = ctx.scale if learned_scale is None else learned_scale
+    grad_student, grad_scale = gradients(
+        grad, student, *saved, scale, ctx.normalize, ctx.mean, ctx.backend, needs_scale
+    )
+    if torch.is_grad_enabled():  # create_graph=True
+        sources = (grad, student, learned_scale)
+        grad_student = FirstOrderOnly.apply("contrast", grad_student, *sources)
+        grad_scale = FirstOrderOnly.apply("contrast", grad_scale, *sources) if needs_scale else None
+    return grad_student if needs_student else None, None, grad_scale if needs_scale else None
+
+
+class _Contrast(torch.autograd.Function):
+    """The operator in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        loss, metrics, saved = _forward(*inputs)
+        if metrics is not None:
+            ctx.mark_non_differentiable(metrics)
+        _save(ctx, inputs, saved)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
+        return *_backward(ctx, grad, _gradients), *(None,) * 11
+
+
+@torch.library.custom_op("pixdistill::contrast", mutates_args=())
+def contrast_op(
+    student: Tensor, teacher: Tensor, scale: Tensor, logit_bound: float | None,
+    queue_keys: Tensor | None, valid_mask: Tensor | None, negatives: str | None, normalize: bool,
+    reduction: str, backend: str, operand: torch.dtype, with_grad: bool, with_metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_forward` registered with PyTorch, for torch.compile: what is None there is empty here."""
+    loss, metrics, saved = _forward(
+        student, teacher, scale, logit_bound, queue_keys, valid_mask, negatives, normalize,
+        reduction, backend, operand, with_grad, with_metrics,
+    )  # fmt: skip
+    rows, stats, weighted_keys, num_valid = saved
+    return (
+        loss,
+        stats.new_empty(0) if metrics is None else metrics,
+        rows,
+        stats,
+        rows.new_empty(0) if weighted_keys is None else weighted_keys,
+        stats.new_empty(0) if num_valid is None else num_valid,
+    )
+
+
+@contrast_op.register_fake
+def _(student: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    valid_mask, reduction = others[4], others[7]
+    operand, with_grad, with_metrics = others[9:]
+    batch, width, height, breadth = student.shape
+    pixels = batch * height * breadth
+    stats = student.new_empty((4, pixels), dtype=sum_dtype(student))
+    rows = student.new_empty((2, pixels, width), dtype=operand)
+    return (
+        stats.new_empty(pixels if reduction == "none" else ()),
+        stats.new_empty(2 if with_metrics else 0),
+        rows,
+        stats,
+        rows.new_empty((pixels, width) if with_grad else 0),
+        stats.new_empty(0 if valid_mask is None else ()),
+    )
+
+
+@torch.library.custom_op("pixdistill::contrast_gradients", mutates_args=())
+def contrast_gradients_op(
+    grad: Tensor, student: Tensor, rows: Tensor, stats: Tensor, weighted_keys: Tensor,
+    num_valid: Tensor, scale: Tensor, normalize: bool, mean: bool, backend: str, needs_scale: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_gradients` registered with PyTorch."""
+    grad_student, grad_scale = _gradients(
+        grad, student, rows, stats, weighted_keys, num_valid, scale, normalize, mean, backend,
+        needs_scale,
+    )  # fmt: skip
+    return grad_student, stats.new_empty(0) if grad_scale is None else grad_scale
+
+
+@contrast_gradients_op.register_fake
+def _(grad: Tensor, student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    stats, needs_scale = others[1], others[-1]
+    return torch.empty_like(student), stats.new_empty(() if needs_scale else 0)
+
+
+def _save_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs, output[2:])
+
+
+def _registered_backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+    return *_backward(ctx, grad, contrast_gradients_op), *(None,) * 10
+
+
+contrast_op.register_autograd(_registered_backward, setup_context=_save_registered)
