@@ -175,10 +175,52 @@ def _contrast_calls() -> Iterator[dict[str, Any]]:
         yield {"dtype": dtype, "D": D} | full
 
 
+def masked_distance(
+    dtype: str = "bfloat16",
+    C: int = 256,
+    size: tuple[int, int] = (100, 168),
+    channels_last: bool = False,
+    weighted: bool = False,
+    customized: bool = False,
+    valid_mask: bool = False,
+    masks: bool = False,
+) -> None:
+    """Forward and backward, from 6 tokens or from given masks."""
+    from pixdistill.ops.masked_distance import Masks, Tokens, triton_kernels
+
+    student = empty(2, C, *size, dtype=DTYPES[dtype])
+    if channels_last:
+        student = empty(2, *size, C, dtype=DTYPES[dtype]).permute(0, 3, 1, 2)
+    source: Masks | Tokens
+    if masks:
+        source = Masks(empty(2, 6, *size), empty(2, 6) if weighted else None)
+    else:
+        weighting = (empty(C, C, 3, 3), empty(C), empty(6, C, 1, 1), empty(6)) if weighted else ()
+        steps = empty(dtype=torch.int64) if customized else None
+        source = Tokens(empty(6, C), weighting, steps, 5000)
+    valid = empty(2, *size, dtype=torch.bool) if valid_mask else None
+    loss, attention, _ = triton_kernels.forward(student, student, source, valid, 1e-5, "mean")
+    triton_kernels.backward(student, student, attention, loss, valid_mask)
+
+
+def _masked_distance_calls() -> Iterator[dict[str, Any]]:
+    detection, valid = {"weighted": True, "customized": True}, {"valid_mask": True}
+    sizes = ((256, (100, 168)), (256, (50, 84)), (256, (25, 42)), (19, (128, 256)))
+    for dtype, (C, size), last in itertools.product(
+        ("bfloat16", "float16", "float32"), sizes, (False, True)
+    ):
+        layout = {"dtype": dtype, "C": C, "size": size} | ({"channels_last": True} if last else {})
+        yield layout
+        yield layout | detection
+        yield layout | detection | valid
+        yield layout | {"masks": True, "weighted": True} | valid
+
+
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[[], Iterator[dict[str, Any]]]]] = {
     "row_lse": (row_lse, _row_lse_calls),
     "contrast": (contrast, _contrast_calls),
     "patch_lse": (patch_lse, _patch_lse_calls),
+    "masked_distance": (masked_distance, _masked_distance_calls),
 }
 """Each operator: a function that calls it, and the arguments worth compiling."""
 

@@ -1,6 +1,6 @@
 """Prints the products of the kernels that may pass 2^31 and have only 32 bits.
 
-    python tests/offsets.py row_lse | patch_lse
+    python tests/offsets.py row_lse | patch_lse | masked_distance
 
 Such a product is one of a program's or a loop's number with a size or a stride. It is looked for in what
 Triton's compiler makes of a kernel, so this runs in a process without the interpreter, and needs no GPU.
@@ -26,6 +26,10 @@ CALLS: dict[str, list[dict]] = {
         FULL | {"grad_keys": True},
     ],
     "patch_lse": [{"groups": 4, "width": 8, "patch": 2, "valid_mask": True, "far": True}],
+    "masked_distance": [
+        {"weighted": True, "customized": True, "valid_mask": True},
+        {"weighted": True, "masks": True},
+    ],
 }
 
 

@@ -73,12 +73,14 @@ def read_kernel(
         width += 9 * C
         # A pixel counts for tap (i, j) where the pixel that reads it through this tap lies in the map,
         # and is valid.
-        o_row = (o_p // W)[None, :] + 1 - (o_k // 3)[:, None]
-        o_col = (o_p % W)[None, :] + 1 - (o_k % 3)[:, None]
+        o_down, o_right = (1 - o_k // 3)[:, None], (1 - o_k % 3)[:, None]
+        o_row = (o_p // W)[None, :] + o_down
+        o_col = (o_p % W)[None, :] + o_right
         m_r = m_v[None, :] & m_k[:, None]
         m_r = m_r & (o_row >= 0) & (o_row < P // W) & (o_col >= 0) & (o_col < W)
         if VALID:
-            m_r = tl.load(valid + i_b * P + o_row * W + o_col, mask=m_r, other=0) != 0
+            o_reader = o_p[None, :] + o_down * W + o_right
+            m_r = tl.load(valid + i_b * P + o_reader, mask=m_r, other=0) != 0
         b_read = m_r.to(tl.float32).to(teacher.dtype.element_ty)  # [16, BP]
     p_sums = sums + tl.program_id(0).to(tl.int64) * width
 
