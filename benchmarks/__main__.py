@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import kernels, page, targets
+from . import kernels, page, stress, targets
 from .runner import DTYPES, Case, Options, Runner, Subject, compile_kernels
 from .sheet import RESULTS, label
 from .subjects import SUBJECTS
@@ -32,7 +32,7 @@ PLAN = [
     ("peers", slice(3, None)),
     ("scaling", slice(None)),
 ]
-OTHERS = {"kernels": kernels, "targets": targets, "page": page}
+OTHERS = {"kernels": kernels, "stress": stress, "targets": targets, "page": page}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,9 @@ def narrow_products(launch: Launch) -> list[str]:
     kernel, arguments = launch.kernel, launch.arguments
     # every other number may be anything: not specialised, so that no product is computed by the compiler
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-    constants |= {name: 16 for name in ("BN", "BM", "BC") if name in constants and "BM" in constants}
+    constants |= {
+        name: 16 for name in ("BN", "BM", "BC") if name in constants and "BM" in constants
+    }
     constants |= {name: None for name, value in arguments.items() if value is None}
     names = [name for name in kernel.arg_names if name not in constants]
     types = {name: _type(arguments[name]) for name in names}

@@ -300,3 +300,72 @@ def test_graph_capture():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
+
+
+# --- The Hopper kernel ----------------------------------------------------------------------------
+
+
+def hopper_case(**changed):
+    """A call that the Hopper kernel takes, on a device that says it is a Hopper GPU."""
+    query = torch.empty(1, 8, 64, dtype=torch.bfloat16)
+    case = {"query": query, "keys": query, "key_mask": None, "scale": 5.0}
+    return case | {"subtract_max": False, "with_weighted_keys": True, "with_max": False} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, "it needs a Hopper GPU"),
+        ({"query": torch.empty(1, 8, 64)}, "float16"),
+        ({"key_mask": torch.ones(1, 8, dtype=torch.bool)}, "mask"),
+        ({"scale": torch.tensor(5.0)}, "learned"),
+        ({"subtract_max": True}, "maximum"),
+        ({"with_max": True}, "maximum"),
+        ({"keys": torch.empty(1, 0, 64, dtype=torch.bfloat16)}, "there must be a key"),
+        ({"query": torch.empty(1, 8, 32, dtype=torch.bfloat16)}, "33 to 256"),
+        ({"query": torch.empty(1, 8, 60, dtype=torch.bfloat16)}, "16 bytes"),
+        ({"keys": torch.empty(1, 64, 8, dtype=torch.bfloat16).mT}, "16 bytes"),
+    ],
+)
+def test_the_hopper_kernel_says_what_it_does_not_take(changed, reason, monkeypatch):
+    case = hopper_case(**changed)
+    if changed:  # as on a Hopper GPU
+        monkeypatch.setattr(launch, "_is_hopper", lambda device: True)
+    assert reason in launch.why_not_hopper(**case)
+
+
+def test_an_environment_variable_keeps_to_the_portable_kernel(monkeypatch):
+    monkeypatch.setattr(launch, "_is_hopper", lambda device: True)
+    assert launch.why_not_hopper(**hopper_case()) is None
+    monkeypatch.setenv("PIXDISTILL_HOPPER", "0")
+    assert launch.why_not_hopper(**hopper_case()) == "PIXDISTILL_HOPPER=0"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [40, 64, 128, 136, 256])
+@pytest.mark.parametrize("exclude_offset", [None, 0, -70, 100])
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns", "splits"),
+    [(1, 1, 1, 1), (1, 257, 1000, 3), (2, 130, 129, 1), (1, 500, 5003, None)],
+)
+def test_the_hopper_kernel_equals_the_portable_one(
+    groups, rows, columns, splits, exclude_offset, width, dtype
+):
+    query, keys = (unit(groups, n, width, seed=n).to("cuda", dtype) for n in (rows, columns))
+    options = {"subtract_max": False, "with_weighted_keys": True, "with_max": False}
+    results = [
+        triton_kernels.row_lse(
+            query, keys, 5.0, None, exclude_offset, splits=splits, hopper=hopper, **options
+        )
+        for hopper in (True, True, False)
+    ]
+    for ours, again, portable in zip(*results, strict=True):
+        if ours is not None:
+            assert torch.equal(ours, again)
+            torch.testing.assert_close(ours, portable, atol=2e-2, rtol=1e-4)
+    assert (results[0][0] - results[2][0]).nan_to_num(0.0).abs().max() < 2e-5

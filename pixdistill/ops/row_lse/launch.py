@@ -5,9 +5,12 @@ what the compiler reports. None spills in a loop (`python -m benchmarks kernels`
 """
 
 import functools
+import importlib.metadata
+import os
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -51,16 +54,65 @@ GRAD_KEYS_LAUNCH = {
     128: Launch(32, 64, 8, 2, resident=1),
     256: Launch(32, 64, 8, 2, resident=1),
 }
+# Of hopper.py, measured: the stages are the slots of its ring.
+HOPPER_LAUNCH = {
+    64: Launch(128, 128, 12, 4, resident=1),
+    128: Launch(128, 128, 12, 4, resident=1),
+    256: Launch(128, 64, 12, 4, resident=1),
+}
 JOIN_ELEMENTS = 4096  # of a tile of weighted keys, when splits are joined
 MOST_SPLITS = 64
+HOPPER_TRITON = (3, 6)  # the oldest Triton whose Gluon compiles hopper.py
 TILES_PER_SPLIT = 8  # at least: a shorter split costs more to join than it saves
 
 
-def launch_of(device: torch.device, dtype: torch.dtype, width: int) -> Launch:
+def launch_of(device: torch.device, dtype: torch.dtype, width: int, hopper: bool = False) -> Launch:
     """The tile of the forward kernel, for a padded width."""
+    if hopper:
+        return HOPPER_LAUNCH[width]
     table = FLOAT32_LAUNCH if dtype == torch.float32 else LAUNCH
     architecture = "sm_90" if _capability(device)[0] in (9, 10) else "sm_80"
     return table[architecture][max(64, width)]
+
+
+def why_not_hopper(
+    query: Tensor,
+    keys: Tensor,
+    key_mask: Tensor | None,
+    scale: float | Tensor,
+    *,
+    subtract_max: bool,
+    with_weighted_keys: bool,
+    with_max: bool,
+) -> str | None:
+    """The reason why the kernel for Hopper does not take this call, or None: then it is faster.
+
+    `PIXDISTILL_HOPPER=0` in the environment keeps to the portable kernel.
+    """
+    if os.environ.get("PIXDISTILL_HOPPER") == "0":
+        return "PIXDISTILL_HOPPER=0"
+    if not _is_hopper(query.device):
+        return "it needs a Hopper GPU"
+    if _triton_version() < HOPPER_TRITON:
+        return f"it needs triton {HOPPER_TRITON[0]}.{HOPPER_TRITON[1]} or later"
+    if query.dtype not in (torch.float16, torch.bfloat16) or keys.dtype != query.dtype:
+        return "query and keys must both be float16 or both bfloat16"
+    if key_mask is not None or isinstance(scale, Tensor):
+        return "it takes no mask of keys and no learned scale"
+    if subtract_max or with_max or not with_weighted_keys:
+        return "it subtracts no maximum, returns none, and always computes the gradient"
+    if not 32 < query.shape[2] <= 256 or keys.shape[1] == 0:
+        return "features must be 33 to 256 wide, and there must be a key"
+    for x in (query, keys):  # what the TMA unit reads: rows at multiples of 16 bytes
+        together = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+        if x.stride(2) != 1 or x.stride(1) % 8 or x.data_ptr() % 16 or not together:
+            return "rows must begin at multiples of 16 bytes"
+    return None
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(number) for number in importlib.metadata.version("triton").split(".")[:2])
 
 
 def padded_width(width: int) -> int:
@@ -100,6 +152,10 @@ def _multiprocessors(device: torch.device) -> int:
 def _capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; Hopper's for the interpreter, which takes any tile."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and _capability(device) == (9, 0)
 
 
 def _cdiv(a: int, b: int) -> int:

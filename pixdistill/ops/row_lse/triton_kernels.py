@@ -21,6 +21,7 @@ from .launch import (
     launch_of,
     padded_width,
     splits_of,
+    why_not_hopper,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -279,17 +280,26 @@ def row_lse(
     with_max: bool,
     splits: int | None = None,
     launch: Launch | None = None,
+    hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Same contract as `chunked.row_lse`. `splits` and `launch` override the table, for tests."""
+    """Same contract as `chunked.row_lse`.
+
+    `splits`, `launch` and `hopper` override the choice, for tests.
+    """
     (groups, rows, width), columns = query.shape, keys.shape[1]
-    operands = _operands(query, keys, key_mask)
-    padded = operands[0].shape[2]
+    if hopper is None:
+        hopper = launch is None and not why_not_hopper(
+            query, keys, key_mask, scale,
+            subtract_max=subtract_max, with_weighted_keys=with_weighted_keys, with_max=with_max,
+        )  # fmt: skip
+    operands = (query, keys, None) if hopper else _operands(query, keys, key_mask)
+    padded = padded_width(width) if hopper else operands[0].shape[2]
     lse = query.new_empty((groups, rows), dtype=torch.float32)
     weighted_keys = query.new_empty((groups, rows, padded)) if with_weighted_keys else None
     max_logit = torch.empty_like(lse) if with_max else None
     outputs = parts = (lse, weighted_keys, max_logit)
     if lse.numel() > 0:
-        launch = launch or launch_of(query.device, operands[0].dtype, padded)
+        launch = launch or launch_of(query.device, operands[0].dtype, padded, hopper)
         careful = min(launch.BM, 32 if key_mask is None else launch.masked)
         programs = triton.cdiv(rows, launch.BN) * groups
         tiles = triton.cdiv(columns, launch.BM)
@@ -297,19 +307,28 @@ def row_lse(
         if splits > 1:
             parts = tuple(_parts(splits, output) for output in outputs)
         with torch.cuda.device_of(query):
-            row_lse_kernel[(programs * splits,)](
-                *operands, *_number_and_pointer(scale), *parts, exclude_offset,
-                groups, rows, columns, per_split, *_batch_strides(operands),
-                BN=launch.BN, BM=launch.BM, BC=careful, BD=padded,
-                SUBTRACT_MAX=subtract_max, PRECISION=_precision(query),
-                num_warps=launch.warps, num_stages=launch.stages,
-            )  # fmt: skip
+            if hopper:
+                from .hopper import launch as launch_hopper  # needs a recent Triton
+
+                launch_hopper(
+                    query, keys, scale, parts[0], parts[1], exclude_offset, splits, per_split
+                )
+            else:
+                row_lse_kernel[(programs * splits,)](
+                    *operands, *_number_and_pointer(scale), *parts, exclude_offset,
+                    groups, rows, columns, per_split, *_batch_strides(operands),
+                    BN=launch.BN, BM=launch.BM, BC=careful, BD=padded,
+                    SUBTRACT_MAX=subtract_max, PRECISION=_precision(query),
+                    num_warps=launch.warps, num_stages=launch.stages,
+                )  # fmt: skip
             if splits > 1:
                 block = max(1, JOIN_ELEMENTS // padded)
                 join_kernel[(triton.cdiv(groups * rows, block),)](
                     *parts, *outputs, splits, groups * rows, BR=block, BD=padded
                 )
-    return lse, None if weighted_keys is None else weighted_keys[..., :width], max_logit
+    if padded != width and weighted_keys is not None:
+        weighted_keys = weighted_keys[..., :width].contiguous()
+    return lse, weighted_keys, max_logit
 
 
 def row_lse_grad_keys(
