@@ -9,7 +9,6 @@ is the formula as it is written: rearranged copies, all distances of a patch by 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,12 +74,11 @@ def plain_contrast(student: Tensor, teacher: Tensor, pool: int) -> Tensor:
 
 def our_contrast(student: Tensor, teacher: Tensor, pool: int) -> Tensor:
     """The contrast of `AfDCDLoss`."""
-    if hasattr(functional, "af_dcd_loss"):
-        weights = {"mimic_weight": 0.0, "contrast_weight": 1.0}
-        return functional.af_dcd_loss(student, teacher, pool_size=pool, **weights)
-    terms: Any = functional
-    weights = {"num_groups": GROUPS, "patch_size": PATCH, "pool_size": pool}
-    return terms.af_dcd_terms(student, teacher, **weights).contrast
+    loss = functional.af_dcd_loss(
+        student, teacher, pool_size=pool, mimic_weight=0.0, contrast_weight=1.0
+    )
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def rebuilt(module: AfDCDLoss, student: Tensor, drop_mask: Tensor) -> Tensor:

@@ -90,11 +90,12 @@ def patch_lse(
     strided: bool = False,
     far: bool = False,
     values_only: bool = False,
+    cross_entropy: bool = False,
 ) -> None:
     """Margins of a map; `strided` stands for any strides, `far` for offsets beyond 2^31."""
-    from pixdistill.ops.patch_lse import triton_kernels
+    from pixdistill.ops.patch_lse import PatchSettings, triton_kernels
 
-    channels, size = groups * width, (15, 31) if strided else (16, 32)
+    channels, size = groups * width, (24, 40) if strided else (16, 32)
     student = empty(2, channels, *size, dtype=DTYPES[dtype])
     if far:
         student = student.as_strided(student.shape, (2**38, 2**28, 32, 1))
@@ -102,12 +103,15 @@ def patch_lse(
         student,
         student,
         empty(2, *size, dtype=torch.bool) if valid_mask else None,
-        groups,
-        (patch, patch),
-        0.07,
-        "l2" if l2 else "l1",
-        "all_others" if all_others else "other_groups",
+        PatchSettings(
+            groups,
+            (patch, patch),
+            0.07,
+            "l2" if l2 else "l1",
+            "all_others" if all_others else "other_groups",
+        ),
         with_grad=not values_only,
+        cross_entropy=cross_entropy,
     )
 
 
@@ -125,13 +129,13 @@ def _patch_lse_calls() -> Iterator[dict[str, Any]]:
             size = {"groups": groups, "width": width, "patch": patch} | layout
             size |= {"all_others": True} if groups == 1 else {}
             yield size
-            yield size | {"values_only": True}
-            yield size | {"dtype": "bfloat16", "l2": True}
+            yield size | {"values_only": True, "cross_entropy": True}
+            yield size | {"dtype": "bfloat16", "l2": True, "cross_entropy": True}
             yield size | {"dtype": "float16", "all_others": True} | mask
             if not strided:
                 yield size | {"l2": True, "all_others": True, "far": True} | mask
         for width in (4, 8, 24, 64, 128, 256, 2048):
-            yield {"width": width} | mask | layout
+            yield {"width": width, "cross_entropy": True} | mask | layout
             yield {"width": width, "l2": True, "all_others": True} | mask | layout
         yield {"width": 8, "patch": 8, "dtype": "bfloat16"} | mask | layout
 
@@ -216,11 +220,47 @@ def _masked_distance_calls() -> Iterator[dict[str, Any]]:
         yield layout | {"masks": True, "weighted": True} | valid
 
 
+def patch_contrast(
+    dtype: str = "bfloat16",
+    pool: int = 4,
+    valid_mask: bool = False,
+    mean: bool = False,
+    channels_last: bool = False,
+    no_mimic: bool = False,
+    no_contrast: bool = False,
+) -> None:
+    """Both terms of Af-DCD and the gradient of the student's map."""
+    from pixdistill.ops.patch_contrast import Settings, Upstream, triton_kernels
+
+    student, teacher = (empty(2, 512, 64, 128, dtype=DTYPES[dtype]) for _ in range(2))
+    if channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    valid = empty(2, 64, 128, dtype=torch.bool) if valid_mask else None
+    fields: Any = ["omni", 16, (4, 4), (pool, pool), 0.07, "l1", "other_groups", "error"]
+    weights = (0.0 if no_mimic else 2e-6, 0.0 if no_contrast else 5e-3)
+    fields += ["mean" if mean else "sum", *weights, "triton"]
+    settings = Settings(*fields)
+    output = triton_kernels.forward(student, teacher, valid, settings, with_grad=True)
+    terms = [Upstream(output[0], weight) if weight else None for weight in weights]
+    rest: Any = (*output[3:], *terms, settings)
+    triton_kernels.backward(student, teacher, valid, *rest)
+
+
+def _patch_contrast_calls() -> Iterator[dict[str, Any]]:
+    for dtype, pool in itertools.product(("bfloat16", "float16", "float32"), (1, 2, 4)):
+        yield {"dtype": dtype, "pool": pool}
+        yield {"dtype": dtype, "pool": pool, "valid_mask": True, "mean": True}
+    yield {"channels_last": True}
+    yield {"no_mimic": True}
+    yield {"no_contrast": True, "valid_mask": True}
+
+
 OPERATORS: dict[str, tuple[Callable[..., None], Callable[[], Iterator[dict[str, Any]]]]] = {
     "row_lse": (row_lse, _row_lse_calls),
     "contrast": (contrast, _contrast_calls),
     "patch_lse": (patch_lse, _patch_lse_calls),
     "masked_distance": (masked_distance, _masked_distance_calls),
+    "patch_contrast": (patch_contrast, _patch_contrast_calls),
 }
 """Each operator: a function that calls it, and the arguments worth compiling."""
 

@@ -33,7 +33,7 @@ OPERATORS: dict[str, Call] = {
         s.flatten(2).mT, t.flatten(2).mT, 0.5, exclude_offset=3, backend=backend
     ),
     "patch_lse": lambda s, t, backend: patch_lse(
-        s, t, groups=2, patch=(2, 3), temperature=1.0, backend=backend
+        s, t, num_groups=2, patch_size=(5, 7), temperature=1.0, backend=backend
     ),
 }
 """From maps `[B, C, H, W]` to a result that is differentiable with respect to the first."""

@@ -1,6 +1,6 @@
 """The function forms of the losses, for flat inputs and for loops without modules."""
 
-from .af_dcd import af_dcd_terms as af_dcd_terms
+from .af_dcd import af_dcd_loss as af_dcd_loss
 from .masked_distillation import masked_distillation_loss as masked_distillation_loss
 from .ops.patch_lse import patch_lse as patch_lse
 from .ops.row_lse import row_lse as row_lse

@@ -30,6 +30,7 @@ CALLS: dict[str, list[dict]] = {
         {"weighted": True, "customized": True, "valid_mask": True},
         {"weighted": True, "masks": True},
     ],
+    "patch_contrast": [{"dtype": "float32", "pool": 2, "valid_mask": True, "mean": True}],
 }
 
 

@@ -46,7 +46,7 @@ def patches():
     student, teacher = (torch.randn(2, 64, 32, 64) for _ in range(2))
 
     def call():
-        settings = {"groups": 16, "patch": (4, 4), "temperature": 0.07}
+        settings = {"num_groups": 16, "patch_size": 4, "temperature": 0.07}
         functional.patch_lse(student.requires_grad_(), teacher, **settings).sum().backward()
 
     return call

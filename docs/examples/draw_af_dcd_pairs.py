@@ -8,6 +8,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.colors import ListedColormap
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from pixdistill.functional import af_dcd_terms
+from pixdistill.functional import af_dcd_loss
 
 GROUPS, WIDTH, SIZE = 4, 2, 4
 ANCHOR = (1, 1, 2)  # group, row and column of the student vector that is looked at
@@ -29,7 +30,7 @@ COLOURS = ("#eeeeee", "#d1495b", "#2e7d32")
 NAMES = ("takes no part", "negative", "positive")
 
 
-def roles(design: dict[str, str]) -> Tensor:
+def roles(design: dict[str, Any]) -> Tensor:
     """0, 1 or 2 for each teacher vector `[GROUPS, SIZE, SIZE]`: no part, negative, positive.
 
     The gradient of the loss at one student vector depends on exactly the teacher vectors that it meets.
@@ -41,18 +42,18 @@ def roles(design: dict[str, str]) -> Tensor:
 
     def gradient(teacher: Tensor) -> Tensor:
         moved = student.clone().requires_grad_()
-        contrast = af_dcd_terms(
+        loss: Any = af_dcd_loss(
             moved.flatten(0, 1).unsqueeze(0),
             teacher.flatten(0, 1).unsqueeze(0),
-            contrast=design["contrast"],
-            negatives=design.get("negatives", "other_groups"),
+            **design,
             num_groups=GROUPS,
             patch_size=SIZE,
             pool_size=None,
             temperature=1.0,
             distance="l2",  # a gradient that moves with its vectors; the sign of L1 may not
-        ).contrast
-        return torch.autograd.grad(contrast, moved)[0][group, :, row, column]
+            mimic_weight=0.0,
+        )
+        return torch.autograd.grad(loss, moved)[0][group, :, row, column]
 
     before = gradient(teacher)
     found = torch.zeros(GROUPS, SIZE, SIZE, dtype=torch.int64)

@@ -44,6 +44,14 @@ def without_data() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def must_be_registered(tensor: Tensor) -> bool:
+    """Whether a call has to go through the operator that is registered with PyTorch.
+
+    That is so under torch.compile, and where tensors have shapes only, which a form cannot run on.
+    """
+    return torch.compiler.is_compiling() or tensor.is_meta or _without_data()
+
+
 def why_no_kernel(device: torch.device) -> str | None:
     """The reason why no Triton kernel runs on this device, or None."""
     if not has_triton():

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-# Numbers in the tile of one warp, 32 a thread: twice that, for rows and gradient, stay in registers.
+# Elements in the tile of one warp, 32 a thread: twice that, for rows and gradient, stay in registers.
 # Where a thread cannot load four pixels at once, as many offsets stay there as well: half a tile.
 _TILE = 1024
 
-# The most rows: each has statistics and offsets of its own, which narrow vectors would have too many of.
+# Maximum rows per tile: each row needs its own registers, so more would spill for narrow vectors.
 _ROWS = 32
 
 # The widest vectors: a tile of eight warps holds four of them, or two.
@@ -14,7 +14,7 @@ MAX_WIDTH = 2048
 
 
 class Launch(NamedTuple):
-    """Padded width BD and rows BN of a tile, its warps, registers a thread."""
+    """Padded width BD and rows BN of a tile, warps per tile, registers per thread."""
 
     BD: int
     BN: int
@@ -26,16 +26,16 @@ def launch_of(width: int, vectors: int, aligned: bool, wide: bool) -> Launch:
     """The tile for vectors of this width, of which a patch has this many.
 
     `aligned` and `wide` are what the launcher found in the maps' strides, never both.
-    `python -m benchmarks kernels` compiles it: the limit of registers is the one at which the
+    `python -m benchmarks kernels` compiles it. The limit of registers is the one at which the
     assembler, left alone, would spill to fit in one more program.
     """
-    padded = _power(width)
+    padded = power_of_2(width)
     warps = 1 if padded <= 64 else 4 if padded <= 512 else 8
     tile = _TILE if aligned else _TILE // 2
-    rows = min(_power(vectors), tile * warps // padded, _ROWS)
+    rows = min(power_of_2(vectors), tile * warps // padded, _ROWS)
     return Launch(padded, rows, warps, 255 if wide else 168)
 
 
-def _power(number: int) -> int:
+def power_of_2(number: int) -> int:
     """The next power of two."""
     return 1 << (number - 1).bit_length()
