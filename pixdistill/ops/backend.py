@@ -49,7 +49,7 @@ def must_be_registered(tensor: Tensor) -> bool:
 
     That is so under torch.compile, and where tensors have shapes only, which a form cannot run on.
     """
-    return torch.compiler.is_compiling() or tensor.is_meta or _without_data()
+    return torch.compiler.is_compiling() or tensor.is_meta or without_data()
 
 
 def why_no_kernel(device: torch.device) -> str | None:

@@ -1,21 +1,29 @@
 """What `row_lse` accepts."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ... import _checks
 from ..backend import BACKENDS
 
 MAX_WIDTH = 8192
 
 
-def check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend) -> None:
+def check(
+    query: Any,
+    keys: Any,
+    scale: Any,
+    key_mask: Any,
+    exclude_offset: Any,
+    logit_bound: Any,
+    backend: Any,
+) -> None:
     for name, tensor in (("query", query), ("keys", keys)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+        _checks.floating(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have shape [..., rows, D]; got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype; got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(
                 f"keys must be on query's device, {query.device}; got {tensor.device}. Move it."

@@ -8,6 +8,8 @@ kernel joins the splits in a fixed order: no atomics, the same bits on every run
 Names: i_ program or tile number, o_ offsets, m_ mask, p_ pointers, b_ tile in registers.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -297,7 +299,8 @@ def row_lse(
     lse = query.new_empty((groups, rows), dtype=torch.float32)
     weighted_keys = query.new_empty((groups, rows, padded)) if with_weighted_keys else None
     max_logit = torch.empty_like(lse) if with_max else None
-    outputs = parts = (lse, weighted_keys, max_logit)
+    outputs: Any = (lse, weighted_keys, max_logit)
+    parts = outputs
     if lse.numel() > 0:
         launch = launch or launch_of(query.device, operands[0].dtype, padded, hopper)
         careful = min(launch.BM, 32 if key_mask is None else launch.masked)
@@ -311,7 +314,7 @@ def row_lse(
                 from .hopper import launch as launch_hopper  # needs a recent Triton
 
                 launch_hopper(
-                    query, keys, scale, parts[0], parts[1], exclude_offset, splits, per_split
+                    query, keys, float(scale), parts[0], parts[1], exclude_offset, splits, per_split
                 )
             else:
                 row_lse_kernel[(programs * splits,)](
