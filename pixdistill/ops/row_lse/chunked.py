@@ -36,8 +36,25 @@ def row_lse(
     query `[G, N, D]`; keys `[G, M, D]` and key_mask `[G, M]`, or `[1, ...]` where all share them.
     `subtract_max` subtracts a running maximum; without it `exp(logit)` and its sum must stay in range.
     """
-    if with_weighted_keys and not with_max and attention.fits(query, keys):
-        return *attention.row_lse(query, keys, scale, key_mask, exclude_offset), None
+    arguments = (query, keys, scale, key_mask, exclude_offset, subtract_max)
+    if not with_weighted_keys or not attention.fits(query, keys):
+        return _in_blocks(*arguments, with_weighted_keys, with_max)
+    # The operator has no maximum: another pass, so that asking for it changes no bit of the others.
+    lse, weighted_keys = attention.row_lse(*arguments[:5])
+    return lse, weighted_keys, _in_blocks(*arguments, False, True)[2] if with_max else None
+
+
+def _in_blocks(
+    query: Tensor,
+    keys: Tensor,
+    scale: float | Tensor,
+    key_mask: Tensor | None,
+    exclude_offset: int | None,
+    subtract_max: bool,
+    with_weighted_keys: bool,
+    with_max: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`row_lse`, block by block."""
     dtype = sum_dtype(query)
     operand = _operand_dtype(query)
     keys, key_mask = _expand(query, keys, key_mask)
