@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import __version__
+from .af_dcd import AfDCDLoss
 from .masked_distillation import masked_distillation_loss
 from .ops.backend import Backend
 from .ops.patch_lse import patch_lse
@@ -29,6 +30,18 @@ OPERATORS: dict[str, Call] = {
     "masked_distance": lambda s, t, backend: masked_distillation_loss(
         s, t, t[:, :3].sigmoid(), backend=backend
     ),
+    "patch_contrast": lambda s, t, backend: AfDCDLoss(
+        8,
+        8,
+        num_groups=2,
+        patch_size=2,
+        pool_size=2,
+        ragged="pad",
+        temperature=1.0,
+        mask_ratio=0.0,
+        projector=torch.nn.Identity(),
+        backend=backend,
+    )(s, t),
     "row_lse": lambda s, t, backend: row_lse(
         s.flatten(2).mT, t.flatten(2).mT, 0.5, exclude_offset=3, backend=backend
     ),

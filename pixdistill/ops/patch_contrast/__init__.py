@@ -47,6 +47,8 @@ def patch_contrast(
         return reference.patch_contrast(student, teacher, valid_mask, settings)
     refuse_transforms("af_dcd_loss", student)
     student, teacher = without_subclass(student), without_subclass(teacher)
+    if valid_mask is not None:
+        valid_mask = without_subclass(valid_mask)
     with_grad = torch.is_grad_enabled() and student.requires_grad
     operator = patch_contrast_op if must_be_registered(student) else _PatchContrast.apply
     return operator(student, teacher, valid_mask, *settings, with_grad)[:3]

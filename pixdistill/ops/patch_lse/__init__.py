@@ -109,6 +109,8 @@ def patch_lse(
     _checks.choice("backend", backend, BACKENDS)
     check_sizes(student, settings.num_groups, settings.patch_size)
     student, teacher = without_subclass(student), without_subclass(detached(teacher))
+    if valid_mask is not None:
+        valid_mask = without_subclass(valid_mask)
     if backend == "reference":
         return reference.patch_lse(student, teacher, valid_mask, settings)
     refuse_transforms("patch_lse", student)
