@@ -261,7 +261,8 @@ def outcome(module: nn.Module, *maps: Tensor, valid: Tensor | None = None) -> Re
 
     The gradients are those of a fixed combination of all results, and zero where there is none.
     """
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), maps[0].device)
+    placed = device_of(getattr(module, "backend", "auto"))  # of a module without parameters
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), placed)
     first = maps[0].to(device)
     if not first.requires_grad:
         first = first.detach().requires_grad_()  # not cloned: its strides stay

@@ -581,7 +581,8 @@ def test_loss_is_log_of_the_count_when_all_similarities_are_equal(backend, probl
         count += mask.flatten(1).sum(dim=1).view(-1, 1, 1) - 1
     if "queue" in problem["negatives"]:
         count += len(keys)
-    assert (value - torch.log1p(count).masked_fill(~mask, 0.0)).abs().max() <= 1e-5
+    error = (value - torch.log1p(count).masked_fill(~mask, 0.0)).abs().max()
+    assert error <= float32_tolerance(backend)
 
 
 @backends
@@ -846,7 +847,7 @@ def test_learnable_temperature_learns_on_every_backend(backend, dtype, frozen):
     loss(student.to(device).requires_grad_(not frozen), teacher.to(device)).backward()
     logarithm = torch.tensor([math.log(0.3)], dtype=torch.float64, requires_grad=True)
     dense(student, teacher, logarithm.exp()).mean().backward()
-    tolerance = 2e-2 if dtype == torch.float16 else 1e-5 if device == "cpu" else 1e-2
+    tolerance = 2e-2 if dtype == torch.float16 else 1e-5 if device == "cpu" else 3e-2
     assert loss.log_temperature.grad.dtype == torch.float32
     assert_close(loss.log_temperature.grad, logarithm.grad, tolerance)
 

@@ -155,9 +155,9 @@ def test_keys_gradient_variants(splits, masked, offset, dtype):
         grad.double(), *cpu, None if mask is None else mask.cpu(), offset, lse
     )
     assert ours.dtype == dtype
-    assert_close(
-        ours, truth, {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-    )
+    float32 = 3e-3 if TRITON_DEVICE == "cuda" else 2e-6  # TF32
+    tolerances = {torch.float32: float32, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+    assert_close(ours, truth, tolerances[dtype])
 
 
 def test_a_split_that_sees_no_key_of_a_row_joins_as_nothing():

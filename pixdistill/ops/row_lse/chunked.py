@@ -255,6 +255,7 @@ def _add_product(
         return _half_product(weights, block) if half else torch.bmm(weights, block)
     if not half:
         return total.baddbmm_(weights, block)
-    if block.device.type == "cuda" and hasattr(torch.ops.aten.baddbmm, "dtype_out"):
+    fused = block.device.type == "cuda" and hasattr(torch.ops.aten.baddbmm, "dtype_out")
+    if fused and not without_data():  # it has no form for tensors with shapes only
         return torch.ops.aten.baddbmm.dtype_out(total, weights, block, total.dtype, out=total)
     return total.add_(_half_product(weights, block))
