@@ -153,7 +153,8 @@ def read(launch: Launch, arch: str) -> dict[str, Any]:
     if shared <= shared_most:
         by_registers = total // (-(-registers // 8) * 8 * 32 * warps)
         programs = min(by_registers, shared_total // (shared + 1024), warps_total // warps)
-    mma = "HGMMA" if arch == "sm_90" else "HMMA"
+    few_rows = launch.kernel.fn.__name__ == "read_kernel"  # 16 tokens: below a warpgroup's 64 rows
+    mma = "HGMMA" if arch == "sm_90" and not few_rows else "HMMA"
     tile = {k: v for k, v in launch.arguments.items() if k[0] == "B" and isinstance(v, int)}
     return {
         "kernel": launch.kernel.fn.__name__,

@@ -10,15 +10,16 @@ from . import _checks
 
 def by_key(levels: Any) -> dict[Any, Any]:
     """Entries by their keys, or by their indices where there are no keys."""
-    if isinstance(levels, (Mapping, nn.ModuleDict)):
-        return dict(levels.items())
-    return dict(enumerate(levels)) if are_several(levels) else {0: levels}
+    if not are_several(levels):
+        return {0: levels}
+    named = isinstance(levels, (nn.ModuleDict, Mapping))
+    return dict(levels.items() if named else enumerate(levels))
 
 
 def are_several(levels: Any) -> bool:
     """Whether these are levels of a sequence or mapping, and not a single one."""
-    kinds = (Mapping, Sequence, ValuesView, nn.ModuleDict, nn.ModuleList)
-    return isinstance(levels, kinds) and not isinstance(levels, str)
+    kinds = (nn.ModuleList, nn.ModuleDict, Mapping, Sequence, ValuesView)
+    return not isinstance(levels, (Tensor, str)) and isinstance(levels, kinds)
 
 
 def in_order(name: str, levels: Any, keys: list[Any]) -> list[Any]:

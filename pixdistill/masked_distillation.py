@@ -199,8 +199,9 @@ class MaskedDistillationLoss(nn.Module):
         if 0 in keys and isinstance(student, Mapping) and isinstance(teacher, Mapping):
             keys = list(teacher) if len(teacher) == len(keys) else keys  # the tokens have no names
         students, teachers = in_order("student", student, keys), in_order("teacher", teacher, keys)
-        masks = dict.fromkeys(keys) if valid_mask is None else valid_mask
-        masks = in_order("valid_mask", masks, keys)
+        masks = [None] * len(keys)
+        if valid_mask is not None:
+            masks = in_order("valid_mask", valid_mask, keys)
         bare = not (are_several(student) or are_several(teacher))
         results = [
             self._distance(i, "" if bare else f"[{key!r}]", students[i], teachers[i], masks[i])

@@ -16,6 +16,8 @@ def fullest(operator, arch, dtype="bfloat16", width=0, **flags):
         return flags.get("key_mask") and (flags.get(variant) or "grad_keys" in flags)
     if operator == "patch_lse":
         return arch == "sm_80" and flags.get("valid_mask") and width in (8, 24, 128, 512, 2048)
+    if operator == "masked_distance" and flags["size"] not in ((100, 168), (25, 42)):
+        return False
     if operator in ("masked_distance", "patch_contrast"):
         return flags.get("valid_mask") and dtype != "float16"
     return True
