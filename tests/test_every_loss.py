@@ -29,6 +29,7 @@ from helpers import (
     not_in_torch_2_6,
     relative_error,
 )
+from ranks import results
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -522,27 +523,30 @@ class Trained(nn.Module):
 )
 def test_components_come_through_wrappers(name, wrapper):
     """Through their `forward`, so that gradients of the loss's own parameters are averaged."""
-
-    def step(model):
-        parts = model(*inputs(name), return_components=True)
-        parts.loss.backward()
-        return parts, [p.grad for p in model.parameters() if p.requires_grad]
-
-    expected, expected_grads = step(Trained(name))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        if wrapper == "DDP":
-            model = nn.parallel.DistributedDataParallel(Trained(name))
-        else:
-            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-            model = fully_shard(Trained(name), mesh=mesh)
-        parts, grads = step(model)
-        grads = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
-    finally:
-        dist.destroy_process_group()
-    assert type(parts) is type(expected)
-    for one, other in zip((*parts, *grads), (*expected, *expected_grads), strict=True):
+    expected = _components_and_gradients(Trained(name), name)
+    # In a process of its own: destroying DDP's process group in this one can deadlock.
+    (wrapped,) = results(1, _wrapped_components, name, wrapper)
+    assert len(wrapped) == len(expected)
+    for one, other in zip(wrapped, expected, strict=True):
         assert_close(one, other, 1e-6)
+
+
+def _components_and_gradients(model, name):
+    parts = model(*inputs(name), return_components=True)
+    assert isinstance(parts, tuple)
+    assert parts._fields[0] == "loss"
+    parts.loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    grads = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+    return [x.detach() for x in (*parts, *grads)]
+
+
+def _wrapped_components(rank, name, wrapper):
+    if wrapper == "DDP":
+        model = nn.parallel.DistributedDataParallel(Trained(name))
+    else:
+        model = fully_shard(Trained(name), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    return _components_and_gradients(model, name)
 
 
 # --- State ----------------------------------------------------------------------------------------
