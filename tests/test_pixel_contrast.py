@@ -18,6 +18,7 @@ from helpers import (
     fresh_compiler,
     golden,
     launches,
+    not_in_torch_2_6,
     unit,
 )
 from helpers import high_precision as high_precision
@@ -1027,10 +1028,19 @@ def test_perfect_student_has_accuracy_and_similarity_one(backend):
 
 # The most that forward and backward launch with the mean, counted where nothing is split: prepare, a
 # pass per set of keys, join, finish, the gradient of the sum, backward. A change that adds one fails.
-LAUNCHES = {"batch": 6, "image": 6, "queue": 6, "batch+queue": 9, "image+queue": 9}
-OPERATORS = {"batch": 60, "image": 60, "queue": 60, "batch+queue": 90, "image+queue": 90}
+LAUNCHES = {"batch": 5, "image": 5, "queue": 5, "batch+queue": 7, "image+queue": 7}
+
+# Operators of the PyTorch form: plainly, with components, with a mask, with both.
+OPERATORS = {
+    "batch": (48, 75, 68, 100),
+    "image": (49, 76, 68, 100),
+    "queue": (32, 58, 43, 70),
+    "batch+queue": (63, 105, 83, 130),
+    "image+queue": (64, 106, 83, 130),
+}
 
 
+@not_in_torch_2_6("its operators are others")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the number of splits depends on the GPU")
 @all_negatives
 @pytest.mark.parametrize("masked", [False, True])
@@ -1050,7 +1060,7 @@ def test_launches_of_forward_and_backward(backend, negatives, masked, components
     names = launches(call)
     names.remove("add_")  # of the gradient to the one before
     if backend == "torch":
-        assert len(names) <= OPERATORS[negatives] + 15 * masked + 20 * components, names
+        assert len(names) <= OPERATORS[negatives][2 * masked + components], names
         return
     assert len(names) <= LAUNCHES[negatives], names
     assert names.count("prepare_kernel") == names.count("backward_kernel") == 1
@@ -1167,6 +1177,7 @@ def test_a_loss_may_be_scaled_in_place(backend):
 MAP_SIZES = ((2, 3, 4), (3, 5, 4), (2, 7, 6), (4, 3, 9))
 
 
+@not_in_torch_2_6("compiles more often")
 @pytest.mark.parametrize(
     ("case", "settings"),
     [
@@ -1208,7 +1219,7 @@ def test_compiles_once_for_all_map_sizes(case, settings):
                 weighted(parts[0]).backward()
                 results.append((*parts, leaf.grad))
             for ours, eager in zip(*results, strict=True):
-                assert_close(ours, eager, 1e-6)
+                assert_close(ours, eager, 3e-6)
             frames.append(counter.frame_count)
     assert frames[1:] == [frames[1]] * (len(MAP_SIZES) - 1)
 
