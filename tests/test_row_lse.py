@@ -11,6 +11,7 @@ from helpers import (
     dense_row_lse,
     device_of,
     float32_tolerance,
+    launches,
     matmul_precision,
     unit,
 )
@@ -19,7 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixdistill.ops.backend import why_no_kernel
-from pixdistill.ops.row_lse import chunked, row_lse, row_lse_and_max
+from pixdistill.ops.row_lse import (
+    attention,
+    chunked,
+    row_lse,
+    row_lse_and_max,
+    triton_kernels,
+)
 
 FAST = ("torch", "triton")
 FLOAT32 = {
@@ -480,6 +487,131 @@ def test_backward_inside_autocast_is_as_exact_as_outside():
     assert torch.equal(inside, outside)
 
 
+# --- The faster forms beside the blocks ------------------------------------------------------------
+
+
+def problem_3d(shared=False, dtype=torch.float64, keys_like_queries=0.0):
+    query, keys = unit(3, 45, 6, seed=1), unit(1 if shared else 3, 60, 6, seed=2)
+    keys[:, 7:52] += keys_like_queries * query[: len(keys)]  # key n + 7 is near query n
+    mask = torch.rand(len(keys), 60, generator=torch.Generator().manual_seed(3)) > 0.4
+    return query.to(dtype), keys.to(dtype), mask
+
+
+def in_blocks(*arguments):
+    return chunked._in_blocks(*arguments, True, True, True)
+
+
+@pytest.mark.parametrize("near", [0.0, 3.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [None, 7, 0, -44, -45, 59, 60, 30])
+@pytest.mark.parametrize("rows", [1024, 16, 7])
+def test_attention_operator_of_the_cpu(near, masked, offset, rows, monkeypatch):
+    """`near`: excluded keys hold most of the probability, so that taking them out would cancel."""
+    query, keys, mask = problem_3d(keys_like_queries=near)
+    mask = mask if masked else None
+    monkeypatch.setattr(attention, "_ROWS", rows)
+    expected = in_blocks(query, keys, 9.0, mask, offset)
+    for arguments in ((query, keys), (query.mT.contiguous().mT, keys.mT.contiguous().mT)):
+        ours = attention.row_lse(*arguments, 9.0, mask, offset)
+        for part, right in zip(ours, expected[:2], strict=True):
+            assert part.is_contiguous()
+            assert_close(part, right, 1e-13)
+
+
+def test_keys_that_hold_all_the_probability_are_left_out_exactly():
+    """In float32, where 1 - p would lose every digit."""
+    query = unit(1, 40, 16, seed=1)
+    keys = torch.cat([query, unit(1, 30, 16, seed=2)], dim=1)
+    expected = in_blocks(query, keys, 80.0, None, 0)
+    ours = attention.row_lse(query.float(), keys.float(), 80.0, None, 0)
+    for part, right in zip(ours, expected[:2], strict=True):
+        assert_close(part, right, 2e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_attention_operator_is_left_alone_where_it_lacks_something(threads, monkeypatch):
+    """Work for each thread, and no size of zero, by which it divides."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query = torch.randn(2, 64, 8)  # two tiles of 32 queries each
+    assert attention.fits(query, query) == (threads <= 4)
+    assert not attention.fits(query[:, :0], query)
+    assert not attention.fits(query, query[:, :0])
+    assert not attention.fits(query.to("meta"), query.to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, under the interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [None, 7])
+@pytest.mark.parametrize("subtract_max", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_kernel_between_the_products(dtype, masked, offset, subtract_max, learned, monkeypatch):
+    """What a GPU does with wide features, in blocks that divide nothing."""
+    from pixdistill.ops.row_lse import exponentials
+
+    device = device_of("triton")
+    query, keys, mask = problem_3d(shared=learned, dtype=dtype)
+    mask = mask if masked else None
+    expected = in_blocks(query.double(), keys.double(), 5.0, mask, offset)
+    rows = torch.linspace(0.0, 1.0, 135, dtype=torch.float64).view(3, 45)
+    grad = chunked.row_lse_grad_keys(
+        rows, query.double(), keys.double(), 5.0, mask, offset, expected[0]
+    )
+    monkeypatch.setattr(chunked, "_fused", lambda query: exponentials)
+    monkeypatch.setattr(chunked, "_operand_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", (16, 32))
+    monkeypatch.setattr(chunked, "_CUDA_BLOCK", (16, 32))
+    scale = torch.tensor(5.0, device=device) if learned else 5.0
+    mask = None if mask is None else mask.to(device)
+    query, keys = query.to(device), keys.to(device)
+    ours = chunked._in_blocks(query, keys, scale, mask, offset, subtract_max, True, True)
+    ours_grad = chunked.row_lse_grad_keys(
+        rows.float().to(device), query, keys, scale, mask, offset, expected[0].float().to(device)
+    )
+    float32 = float32_tolerance("triton")
+    tolerance = {torch.float32: float32, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert ours_grad.dtype == dtype
+    for part, right in zip((*ours, ours_grad), (*expected, grad), strict=True):
+        assert_close(part, right, tolerance)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches(backend, dtype):
+    """One kernel forward and two operators backward; on a CPU, the operator and conversions."""
+    device = device_of(backend)
+    query = unit(64, 16, seed=1, dtype=dtype).to(device).requires_grad_()
+    keys = unit(128, 16, seed=2, dtype=dtype).to(device)
+    row_lse(query, keys, 5.0, logit_bound=5.0, backend=backend)
+    value = []
+
+    def forward():
+        value.append(row_lse(query, keys, 5.0, logit_bound=5.0, backend=backend))
+
+    def backward():
+        torch.autograd.grad(value[0], query, torch.ones_like(value[0]))
+
+    found = launches(forward)
+    if backend == "triton":
+        assert found == ["row_lse_kernel"], found
+    else:
+        assert len(found) <= (1 if dtype == torch.float32 else 4), found
+    found = launches(backward)
+    assert len(found) <= 2 + 1, found  # and the ones
+
+
+def test_splits_are_joined_by_one_kernel():
+    device = device_of("triton")
+    query, keys = (unit(1, n, 16, seed=n, dtype=torch.float32).to(device) for n in (40, 200))
+    found = launches(
+        lambda: triton_kernels.row_lse(
+            query, keys, 5.0, None, None,
+            subtract_max=False, with_weighted_keys=True, with_max=True, splits=3,
+        )
+    )  # fmt: skip
+    assert found == ["row_lse_kernel", "join_kernel"]
+
+
 # --- Properties -----------------------------------------------------------------------------------
 
 problems = st.fixed_dictionaries(
@@ -505,8 +637,10 @@ def make(problem):
     )
 
 
-def assert_same(ours, others, tolerance=None):
-    tolerance = tolerance or float32_tolerance("triton")
+PROPERTY = float32_tolerance("triton")
+
+
+def assert_same(ours, others, tolerance=PROPERTY):
     for a, b in zip((ours[0], *ours[2]), (others[0], *others[2]), strict=True):
         assert torch.equal(a == -torch.inf, b == -torch.inf)
         a, b = a.masked_fill(a == -torch.inf, 0.0), b.masked_fill(b == -torch.inf, 0.0)
@@ -547,7 +681,7 @@ def test_splitting_the_keys_and_joining_changes_nothing(backend, problem, data):
     cut = data.draw(st.integers(0, len(keys)))
     whole = call(backend, query, keys, scale, **options)
     parts = [call(backend, query, part, scale, **options)[0] for part in (keys[:cut], keys[cut:])]
-    assert_close(torch.logaddexp(*parts), whole[0], 1e-5)
+    assert_close(torch.logaddexp(*parts), whole[0], PROPERTY)
 
 
 @all_backends
@@ -576,7 +710,7 @@ def test_scale_moves_between_query_and_factor(backend, problem, data):
     assert_close(
         call(backend, query * factor, keys, scale / factor, **options)[0],
         call(backend, query, keys, scale, **options)[0],
-        1e-5,
+        PROPERTY,
     )
 
 
