@@ -710,7 +710,7 @@ if __name__ == "__main__":
     program = tmp_path / "program.py"
     program.write_text(code)
     out = run(str(program), str(tmp_path), env={"TRITON_CACHE_DIR": str(tmp_path / "cache")})
-    assert "1 kernels, 0 with a spill" in out
+    assert "row_lse_kernel" in out
     (record,) = json.loads((tmp_path / "kernels.json").read_text())["records"]
     assert record["kernel"] == "row_lse_kernel"
     assert record["call"] == "D=64 values_only"
