@@ -10,12 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    BACKENDS,
     LargestTensor,
     assert_close,
     assert_within_budget,
+    device_of,
     fresh_compiler,
     golden,
+    launches,
+    not_in_torch_2_6,
     relative_error,
+    run,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -1145,3 +1150,185 @@ MASKS = torch.rand(2, 3, 3, 5)
 def test_wrong_arguments_of_the_function_form(error, words, settings):
     with pytest.raises(error, match=words):
         masked_distance(**{"student": MAP, "teacher": MAP, "masks": MASKS, **settings})
+
+
+# --- Backends, levels by name, and areas ----------------------------------------------------------
+
+NAMED = {"p3": (6, 9), "p4": (3, 5)}
+
+
+def named_problem():
+    tokens = {name: build_tokens(seed=i) for i, name in enumerate(NAMED)}
+    pairs = {name: maps(2, 4, *size, seed=i) for i, (name, size) in enumerate(NAMED.items())}
+    return tokens, {k: s for k, (s, _) in pairs.items()}, {k: t for k, (_, t) in pairs.items()}
+
+
+@pytest.mark.parametrize("container", [dict, torch.nn.ModuleDict, lambda d: list(d.values())])
+def test_levels_may_be_mappings(container):
+    """In any order; tokens without names follow the teacher's order."""
+    tokens, students, teachers = named_problem()
+    expected = build(list(tokens.values()))(list(students.values()), teachers.values())
+    loss, turned = build(container(tokens)), dict(reversed(students.items()))
+    assert loss(turned, teachers) == expected
+    valid = {name: some_mask(2, *size) for name, size in NAMED.items()}
+    parts = loss(turned, teachers, valid_mask=valid, return_components=True)
+    by_index = build(list(tokens.values()))(
+        list(students.values()), list(teachers.values()), valid_mask=list(valid.values())
+    )
+    assert_close(parts.loss, by_index, 1e-13)
+
+
+def test_settings_and_errors_of_named_levels():
+    tokens, students, teachers = named_problem()
+    loss = build(tokens, student_channels={"p4": 5, "p3": 4})
+    assert loss.student_channels == (4, 5)
+    assert {name: layer.in_channels for name, layer in loss.align.items()} == {"p3": 4, "p4": 5}
+    with pytest.raises(ValueError, match=r"student\['p4'\] must have shape \[B, 5, H, W\]"):
+        loss(students, teachers)
+    with pytest.raises(ValueError, match=r"keys \['p3', 'p4'\]; got \['p3', 'p5'\]"):
+        loss(students, {"p3": teachers["p3"], "p5": teachers["p4"]})
+    with pytest.raises(ValueError, match=r"keys \['p3', 'p4'\]; got \[0, 1\]"):
+        loss(list(students.values()), teachers)
+    with pytest.raises(ValueError, match=r"student\[1\] must have shape"):
+        build(list(tokens.values()))([students["p3"]] * 2, list(teachers.values()))
+    with pytest.raises(TypeError, match=r"got Conv2d$"):
+        MaskedDistillationLoss({"p3": torch.nn.Conv2d(4, 4, 1)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("custom", [None, 0])
+def test_areas_are_the_fractions_that_masks_cover(backend, custom):
+    device = device_of(backend)
+    levels = [build_tokens(dtype=torch.float32), build_tokens(num_tokens=2, dtype=torch.float32)]
+    loss = MaskedDistillationLoss(levels, customize_after=custom, backend=backend).to(device)
+    pairs = [[x.float().to(device) for x in maps(*SHAPE, seed=i)] for i in range(2)]
+    students, teachers = zip(*pairs, strict=True)
+    valid = [some_mask(2, 5, 6).to(device), None]
+    areas = loss(students, teachers, valid_mask=valid, return_components=True).areas
+    for row, tokens, s, t, v in zip(areas, levels, students, teachers, valid, strict=True):
+        masks = tokens.masks(t) * (tokens.masks(s) if custom == 0 else 1)
+        seen = torch.ones_like(masks[:, 0], dtype=torch.bool) if v is None else v
+        truth = torch.stack([mask[seen].mean() for mask in masks.unbind(dim=1)])
+        assert_close(row[: len(truth)], truth, 1e-5)
+        assert row[len(truth) :].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", None])
+def test_a_replaced_alignment_is_called(backend):
+    loss, (student, teacher) = build(student_channels=4), maps(*SHAPE)
+    loss.align[0] = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU()).double()
+    expected = build(loss.tokens)(loss.align[0](student), teacher)
+    with fresh_compiler():
+        call = loss if backend is None else torch.compile(loss, fullgraph=True, backend=backend)
+        assert_close(call(student, teacher), expected, 1e-12)
+    loss.align[0] = torch.nn.Conv2d(4, 3, 1).double()
+    with pytest.raises(ValueError, match=r"align must return the teacher's shape.*\(2, 3, 5, 6\)"):
+        loss(student, teacher)
+
+
+@given(problem=problems, masked=st.booleans(), reduction=st.sampled_from(["mean", "sum", "none"]))
+def test_the_kernels_equal_dense_truth(problem, masked, reduction):
+    tokens, settings, student, teacher = make(problem)
+    tokens.mask_token.data /= 2
+    valid = some_mask(student.shape[0], *student.shape[2:]) if masked else None
+    truth = measure(build(tokens, reduction=reduction, **settings), student, teacher, valid)
+    device = device_of("triton")
+    loss = MaskedDistillationLoss(
+        copy.deepcopy(tokens).float(), reduction=reduction, backend="triton", **settings
+    ).to(device)
+    on_device = [x.float().to(device) for x in (student, teacher)]
+    leaf = on_device[0].requires_grad_()
+    value = loss(leaf, on_device[1], valid_mask=None if valid is None else valid.to(device))
+    (grad,) = torch.autograd.grad(weighted_sum(value.cpu()), leaf)
+    assert value.dtype == torch.float32
+    assert_same([value.detach().cpu().double(), grad.cpu().double()], truth, 5e-6)
+
+
+@pytest.mark.parametrize(
+    "launch", [(16, 32, 4, 1), (32, 64, 4, 3), (64, 32, 4, 3), (32, 128, 8, 2)], ids=str
+)
+def test_every_tile_gives_the_same(launch):
+    """37 channels and 150 pixels, which no tile divides."""
+    from pixdistill.ops.masked_distance import Tokens, triton_kernels
+    from pixdistill.ops.masked_distance.launch import Launch
+
+    device = device_of("triton")
+    tokens = build_tokens(37, 5, dtype=torch.float32)
+    tokens.mask_token.data /= 6
+    student, teacher = (x.to(device) for x in maps(2, 37, 10, 15, dtype=torch.float32))
+    weighting = tuple(p.detach() for p in tokens.to(device).weighting)
+    source = Tokens(tokens.mask_token.detach(), weighting, torch.tensor(0, device=device), 0)
+    arguments = (student, teacher, source, some_mask(2, 10, 15).to(device), 1e-5, "none")
+    ours = triton_kernels.forward(*arguments, launch=Launch(*launch))
+    truth = chunked.forward(*arguments)
+    for one, other in zip(ours[:2], truth[:2], strict=True):
+        assert_close(one, other, 2e-6)
+    assert_close(ours[2][:, :6], truth[2], 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("weighted", "masked", "most"), [(True, False, 8), (False, False, 5), (True, True, 10)]
+)
+def test_number_of_launches(weighted, masked, most):
+    """Forward and backward of one level, with the ones that `backward` starts from."""
+    device = device_of("triton")
+    tokens = build_tokens(weighted=weighted, dtype=torch.float32)
+    loss = MaskedDistillationLoss(tokens, customize_after=1, backend="triton").to(device)
+    student, teacher = (x.to(device).requires_grad_(i == 0) for i, x in enumerate(
+        maps(*SHAPE, dtype=torch.float32)
+    ))  # fmt: skip
+    valid = some_mask(2, 5, 6).to(device) if masked else None
+    names = launches(lambda: loss(student, teacher, valid_mask=valid).backward())
+    names = [name for name in names if name not in ("ones_like", "detach")]
+    assert names.count("read_kernel") == names.count("grad_kernel") == 1
+    assert len(names) <= most, names
+
+
+def test_which_form_runs():
+    from pixdistill.ops.masked_distance import why_not_triton
+
+    assert why_not_triton(MAP.double(), 6) == "it has no torch.float64 form"
+    assert why_not_triton(MAP, 17) == "it holds up to 16 tokens, not 17"
+    many = MaskedDistillationLoss(MaskedReceptiveTokens(4, 17), backend="triton")
+    with pytest.raises(ValueError, match=r'backend="triton" cannot run here: .*17'):
+        many(MAP, MAP)
+
+
+@not_in_torch_2_6("Triton's ahead-of-time interface")
+def test_the_kernels_compute_offsets_in_64_bits(tmp_path):
+    assert run("tests/offsets.py", "masked_distance", env={"TRITON_CACHE_DIR": str(tmp_path)}) == ""
+
+
+@pytest.mark.parametrize("given_masks", [False, True])
+def test_the_registered_operators_are_right(given_masks):
+    from pixdistill.ops.masked_distance import masked_distance_grad_op, masked_distance_op
+
+    device = device_of("triton")
+    student, teacher = (x.to(device) for x in maps(*SHAPE, dtype=torch.float32))
+    tokens, valid = build_tokens(dtype=torch.float32).to(device), some_mask(2, 5, 6).to(device)
+    weighting = [p.detach() for p in tokens.weighting]
+    steps = torch.tensor(1, device=device)
+    source = (None, None, tokens.mask_token.detach(), weighting, steps, 1)
+    if given_masks:
+        source = (tokens.masks(teacher).detach(), None, None, [], None, 0)
+    arguments = (student.requires_grad_(), teacher, *source, valid, 1e-5, "mean")
+    torch.library.opcheck(masked_distance_op, arguments)
+    attention, grad = torch.rand(2, 5, 6, device=device), torch.tensor(1.0, device=device)
+    torch.library.opcheck(
+        masked_distance_grad_op, (student.detach(), teacher, attention, grad, True)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_without_pixels_and_a_mask_that_is_zero_add_nothing(backend):
+    """In no form does the first count in the mean, or the second give 0/0."""
+    device = device_of(backend)
+    student, teacher, masks, weights = (x.to(device) for x in distance_problem(dtype=torch.float32))
+    masks[0, 1] = 0
+    valid = torch.ones(2, 5, 6, dtype=torch.bool, device=device)
+    valid[1] = False
+    ours = masked_distillation_loss(
+        student, teacher, masks, weights, eps=0.0, valid_mask=valid, backend=backend
+    )
+    first = (x[:1].cpu() for x in (student, teacher, masks, weights))
+    assert_close(ours, dense_distance(*first)[0], 1e-5)
