@@ -352,9 +352,7 @@ def _backward(
     grad_rows = grad_lse * (ctx.scale if learned is None else learned)
     if needs_query:
         grad_query = torch.empty_like(weighted_keys)
-        with (
-            torch.no_grad()
-        ):  # into `out`, so that half results are rounded once and in one operator
+        with torch.no_grad():  # into `out`: half results are rounded once, in one operator
             torch.mul(grad_rows.unsqueeze(-1), weighted_keys, out=grad_query)
     if needs_scale:
         inner = (query.to(grad_lse.dtype) * weighted_keys).sum(dim=-1)  # d lse / d scale
