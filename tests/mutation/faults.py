@@ -48,7 +48,7 @@ FAULTS = [
             "one is no fraction",
             "0 <= $number <= 1",
             "0 <= $number < 1",
-            "af_dcd::both_ends_of_mask_ratio_are_allowed",
+            "af_dcd::the_mask_drops_a_fraction_of_pixels_in_train_mode_only",
         ),
         (
             "integer",
