@@ -711,8 +711,10 @@ if __name__ == "__main__":
     program.write_text(code)
     out = run(str(program), str(tmp_path), env={"TRITON_CACHE_DIR": str(tmp_path / "cache")})
     assert "row_lse_kernel" in out
-    (record,) = json.loads((tmp_path / "kernels.json").read_text())["records"]
-    assert record["kernel"] == "row_lse_kernel"
+    records = json.loads((tmp_path / "kernels.json").read_text())["records"]
+    (record,) = [
+        r for r in records if r["kernel"] == "row_lse_kernel"
+    ]  # splits are joined by another
     assert record["call"] == "D=64 values_only"
     assert record["tensor_core"] > 0
     assert {call.operator for call in kernel_calls.calls()} == set(kernel_calls.OPERATORS)
