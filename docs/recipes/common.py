@@ -11,7 +11,7 @@ import csv
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,9 +32,9 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--data", type=Path, required=True, help="folder of the data")
     add("--output", type=Path, required=True, help="folder for checkpoints, log and pictures")
-    add("--resume", action="store_true", help="go on from last.pt in --output")
+    add("--resume", action="store_true", help="go on from the checkpoints in --output")
     add("--steps", type=int, help="optimizer steps of the whole schedule")
-    add("--stop-after", type=int, help="save and end after this step of the schedule")
+    add("--stop-after", type=int, help="save and end after this step")
     add("--save-every", type=int, default=1000, help="steps between checkpoints")
     add("--log-every", type=int, default=20, help="steps between lines of the log")
     add("--eval-every", type=int, default=4000, help="steps between evaluations")
@@ -79,7 +79,7 @@ class Run:
         if args.batch_size % parts:
             stop(f"--batch-size {args.batch_size} must be a multiple of {parts} "
                  f"({self.world} processes, --accumulate {args.accumulate})")  # fmt: skip
-        if (args.output / "last.pt").exists() and not args.resume:
+        if any(args.output.glob("*.pt")) and not args.resume:
             stop(f"{args.output} holds a run: pass --resume to go on, or another --output")
         args.output.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)  # the weights are the same in all processes
@@ -119,11 +119,16 @@ class Run:
         return [self.move(item) for item in batch] if isinstance(batch, (list, tuple)) else batch
 
     def step(
-        self, model: nn.Module, batches: Iterator[Any], optimizer: torch.optim.Optimizer
+        self,
+        model: nn.Module,
+        batches: Iterator[Any],
+        optimizer: torch.optim.Optimizer,
+        clip: tuple[Iterable[Tensor], float] | None = None,
     ) -> dict[str, Tensor]:
         """One optimizer step on `--accumulate` batches; returns the mean of what `model` returned.
 
-        `model(*batch)` returns a dictionary of scalars; "loss" is differentiated.
+        `model(*batch)` returns a dictionary of scalars; "loss" is differentiated. `clip` limits the
+        norm of the gradient of some parameters.
         """
         parts: dict[str, Tensor] = {}
         optimizer.zero_grad()
@@ -136,6 +141,9 @@ class Run:
                 self.scaler.scale(values["loss"] / count).backward()
             for name, value in values.items():
                 parts[name] = parts.get(name, 0) + value.detach() / count
+        if clip is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(*clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         return parts
@@ -259,20 +267,22 @@ class Table:
 
 
 class Log:
-    """The progress bar, `log.csv` with the means over `--log-every` steps, `metrics.csv`, a plot."""
+    """The progress bar, a CSV file with the means over `--log-every` steps, one with metrics, a plot."""
 
-    def __init__(self, run: Run, start: int, prefix: str = "") -> None:
+    def __init__(self, run: Run, name: str, start: int, steps: int) -> None:
         from tqdm import tqdm
 
         args = run.args
-        self.run, self.sums, self.count = run, {}, 0  # type: ignore[var-annotated]
+        self.run, self.steps, self.sums, self.count = run, steps, {}, 0  # type: ignore[var-annotated]
         self.main = run.rank == 0
-        self.bar = tqdm(total=args.steps, initial=start, disable=not self.main, desc=prefix or None)
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.bar = tqdm(total=steps, initial=start, disable=not self.main, desc=name)
         self.since = time.perf_counter()
         if self.main:
-            self.table = Table(args.output / f"{prefix}log.csv", start)
-            self.scores = Table(args.output / f"{prefix}metrics.csv", start)
-            self.picture = args.output / f"{prefix}log.png"
+            self.table = Table(args.output / f"{name}.csv", start)
+            self.scores = Table(args.output / f"{name}_metrics.csv", start)
+            self.picture = args.output / f"{name}.png"
 
     def add(self, step: int, parts: Mapping[str, Tensor], lr: float) -> None:
         """Count one step; the values reach the host once in `--log-every` steps."""
@@ -280,7 +290,7 @@ class Log:
             self.sums[name] = self.sums.get(name, 0) + value.float()
         self.count += 1
         self.bar.update()
-        if step % self.run.args.log_every and step != self.run.args.steps:
+        if step % self.run.args.log_every and step != self.steps:
             return
         means = torch.stack(list(self.sums.values())) / self.count
         if self.run.world > 1:
@@ -309,7 +319,7 @@ class Log:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def close(self) -> None:
-        """Draw `log.png` and print time and memory of a step."""
+        """Draw the plot and print time and memory of a step."""
         self.bar.close()
         if not (self.main and self.table.rows):
             return
@@ -331,6 +341,45 @@ class Log:
                 axes.plot(*zip(*points, strict=True), marker=".", label=name)
             axes.legend()
         figure.savefig(self.picture)
+
+
+def fit(
+    run: Run,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    dataset: Any,
+    steps: int,
+    *,
+    collate: Any = None,
+    clip: tuple[Iterable[Tensor], float] | None = None,
+    after: Callable[[], None] = lambda: None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> bool:
+    """The training loop, with the checkpoint NAME.pt; False where `--stop-after` ended it early."""
+    args = run.args
+    state = {
+        "model": bare(model),
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": run.scaler,
+    }
+    first = run.load(f"{name}.pt", state)
+    last = max(first, min(steps, args.stop_after or steps))
+    log = Log(run, name, first, steps)
+    loader = batches(dataset, run, first, last, collate)
+    for step in range(first + 1, last + 1):
+        lr = float(schedule.get_last_lr()[0])
+        log.add(step, run.step(model, loader, optimizer, clip), lr)
+        schedule.step()
+        after()
+        if evaluate is not None and (step % args.eval_every == 0 or step == steps):
+            log.score(step, evaluate())
+        if step % args.save_every == 0 or step == last:
+            run.save(f"{name}.pt", step, state)
+    log.close()
+    return last == steps
 
 
 def scalars(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
