@@ -5,6 +5,7 @@
 
 import doctest
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -196,6 +197,24 @@ def test_the_overview_is_drawn(tmp_path):
     picture = tmp_path / "overview.png"
     run("docs/examples/draw_overview.py", "--output", str(picture))
     assert picture.stat().st_size > 50_000
+
+
+def test_the_picture_of_the_kernel_follows_its_waits(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
+    draw_kernel = importlib.import_module("draw_kernel")
+    draw_kernel.main(["--output", str(tmp_path / "kernel.svg")])
+    committed = ROOT / "docs" / "inside_the_kernel.svg"
+    assert (tmp_path / "kernel.svg").read_text() == committed.read_text()
+    made = draw_kernel.Schedule()
+    for i, (start, landed) in enumerate(made.copy):
+        for consumer in range(2):
+            assert landed <= made.product[consumer, i][0]
+            assert i < 4 or start >= made.free[consumer, i - 4] >= made.sum[consumer, i - 4][1]
+    busy = sorted([*made.product.values(), *made.sum.values()])
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(busy))
+    monkeypatch.setattr(draw_kernel, "STAGES", 2)
+    with pytest.raises(ValueError, match="empty"):  # nobody can run
+        draw_kernel.Schedule()
 
 
 GOOD = '<html><body><a href="other.html#there">x</a><img src="p.png" width="9"></body></html>'

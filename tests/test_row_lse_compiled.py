@@ -305,6 +305,11 @@ def test_graph_capture():
 # --- The Hopper kernel ----------------------------------------------------------------------------
 
 
+def test_the_ring_of_the_hopper_kernel_is_long_enough():
+    """A consumer waits for the second tile behind one before it releases it: two slots deadlock."""
+    assert all(tile.stages >= 3 for tile in launch.HOPPER_LAUNCH.values())
+
+
 def hopper_case(**changed):
     """A call that the Hopper kernel takes, on a device that says it is a Hopper GPU."""
     query = torch.empty(1, 8, 64, dtype=torch.bfloat16)

@@ -17,8 +17,10 @@ Three barriers order the roles. `q_ready` completes once, when the bytes of q ha
 `k_ready[slot]` completes when the bytes of a tile have landed, `k_empty[slot]` when both consumers have
 arrived, that is, have finished with a tile. Tile i uses slot i % STAGES in its round i // STAGES. The
 producer waits for round r - 1 of k_empty before it writes round r, and a consumer waits for round r
-of k_ready before it reads. Both sides walk over the same tiles in the same order, the producer needs
-nothing else of a consumer, and a consumer nothing else of the producer: nobody can wait for ever.
+of k_ready before it reads. Both sides walk over the same tiles in the same order. The copy of tile i
+waits for the release of tile i - STAGES, and a consumer releases a tile after it has waited for the
+second one behind it: with three STAGES or more, every wait leads to an earlier tile, and nobody waits
+for ever. docs/inside_the_kernel.md shows it in a picture.
 
 Tiles that need a mask per element (the excluded diagonal, and the ragged last tile) come first, one at
 a time; the pipeline then runs without masks. Masked keys, a running maximum, and dtypes other than
