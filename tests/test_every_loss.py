@@ -163,6 +163,7 @@ def test_autocast_leaves_float64_alone(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = loss(*maps)
     assert ours.dtype == torch.float64
+    assert_close(ours, loss(*maps), 1e-12)
 
 
 # --- Layouts --------------------------------------------------------------------------------------

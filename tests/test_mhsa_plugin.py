@@ -189,14 +189,15 @@ def test_only_without_position_permuting_or_transposing_pixels_does_so_to_the_re
 
 
 @pytest.mark.parametrize("position", ["sine", "relative"])
-def test_positions_keep_float32_under_autocast(position):
+def test_positions_keep_float32_in_half_precision(position):
     """bfloat16 has no numbers between 256 and 258: distant pixels would share a code."""
-    plugin = build(position=position, key_stride=2, dtype=torch.float32)
-    x = feature_map(1, 16, 1, 600)
+    plugin = build(position=position, key_stride=2, dtype=torch.bfloat16)
+    x = feature_map(1, 16, 1, 600).bfloat16()
+    half, exact = plugin(x), copy.deepcopy(plugin).double()(x.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = plugin(x)
-    truth = plugin.double()(x.double())
-    assert_close(ours - x, truth - x, 0.03)
+        cast = plugin.float()(x.float())
+    for ours in (half, cast):
+        assert_close(ours.double() - x, exact - x, 0.02)
 
 
 # --- Strides --------------------------------------------------------------------------------------

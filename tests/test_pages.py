@@ -28,7 +28,7 @@ BENCHMARKS = {"--help", "all", *SUBJECTS, *OTHERS}
 THEIRS = {"train.py"}
 """Files that the reader writes."""
 if not (ROOT / "tests" / "mutation").exists():  # as in the sdist
-    THEIRS |= {"tests/mutation/run.py", "tests/mutation/faults.py"}
+    THEIRS |= {"tests/mutation/run.py", "tests/mutation/faults.txt"}
 
 
 def documented_modules() -> list[str]:

@@ -819,6 +819,20 @@ def test_more_valid_float16_pixels_than_float16_can_count():
         assert_close(loss(student, student, valid_mask=mask), one * factor, 1e-4)
 
 
+def test_more_pixels_than_a_block_of_the_kernel_that_adds(monkeypatch):
+    from pixdistill.ops.contrast import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "FINISH_BLOCK", 16)
+    student, teacher = maps(2, 6, 3, 7)
+    mask, results = some_mask(2, 3, 7), []
+    for backend in ("triton", "torch"):
+        inputs = (x.to(device_of(backend)) for x in (student, teacher, mask))
+        *pair, valid = inputs
+        parts = build(backend)(*pair, valid_mask=valid, return_components=True)
+        results.append(torch.stack(parts))
+    assert_close(*results, FLOAT32["triton"])
+
+
 # --- Temperature ----------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pixdistill import PixelQueue
+from pixdistill.pixel_queue import unit_vectors
 
 
 def vectors_of(count, width, seed=0):
@@ -183,6 +184,10 @@ def test_half_precision_vectors_are_normalised_without_overflow():
     assert vectors.isfinite().all()
     queue.enqueue(vectors)
     assert_close(queue.keys, F.normalize(vectors.double()), 1e-3)
+
+
+def test_a_vector_whose_squares_overflow_is_not_finite():
+    assert unit_vectors(torch.full((1, 3), 3e19)).isnan().all()
 
 
 def test_buffers_stay_the_same_storage():

@@ -464,6 +464,16 @@ def test_nothing_is_computed_for_a_gradient_that_nobody_wants(backend, monkeypat
     assert asked == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_frozen_keys_are_not_kept(backend):
+    """So that a queue may be overwritten between forward and backward."""
+    query, keys = (unit(n, 16, seed=n).float().to(device_of(backend)) for n in (5, 64))
+    value = row_lse(query.requires_grad_(), keys, 3.0, backend=backend).sum()
+    (expected,) = torch.autograd.grad(value, query, retain_graph=True)
+    keys.zero_()
+    assert torch.equal(torch.autograd.grad(value, query)[0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_as_for_a_matrix_product(dtype):
     query, keys = unit(20, 16, seed=1).float().requires_grad_(), unit(40, 16, seed=2).float()

@@ -1,8 +1,8 @@
-"""Break the package on purpose, one fault of faults.py at a time: does some test notice it?
+"""Break the package on purpose, one fault of faults.txt at a time: does its test notice?
 
 A fault is a piece of code within a function, compared token by token: layout and comments do not
 matter, and `$name` stands for any identifier (the same one wherever it occurs). A fault whose piece is
-not found exactly once is reported as stale, and hinders no other.
+not found exactly once, or whose test is gone, is reported as stale, and hinders no other.
 
 Tools such as mutmut or cosmic-ray make thousands of faults blindly, most of which change nothing that
 matters, and run the whole suite for each. These are mistakes that an expert makes, and each names a
@@ -28,19 +28,54 @@ from typing import NamedTuple, NoReturn
 
 import pytest
 import torch
-from faults import FAULTS, Fault
+from hypothesis import Phase, settings
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ("pixdistill", "tests", "benchmarks", "docs", "pyproject.toml", "README.md")
 # Loaded once, before the processes that run tests are forked. Nothing of this repository.
-COMMON = ("torch._dynamo.testing", "torch.distributed.fsdp", "hypothesis", "numpy", "einops")
+COMMON = ("torch._dynamo.testing", "torch.distributed.fsdp", "numpy", "einops")
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT}
+SLOW = 30  # seconds for one fault, beyond which it is reported
 ANY = "ANY__"  # stands for `$`, which is not Python
 
 
 class StaleError(Exception):
-    """The code of a fault is not found, or not once."""
+    """The code of a fault is not found, or not once, or its test is not."""
+
+
+class Fault(NamedTuple):
+    """One replacement within one function."""
+
+    file: str
+    where: str
+    """Qualified name of a function or class, or "file"."""
+    what: str
+    """What is wrong."""
+    text: str
+    faulty: str
+    test: str
+    """The test that notices, as pytest names it, and " -k words" to choose of its parameters."""
+
+
+def read_faults(path: Path) -> list[Fault]:
+    """The list of faults, in the form that its head describes."""
+    faults, file = [], ""
+    lines = iter([x for x in path.read_text().splitlines() if x and not x.startswith("#")])
+    for line in lines:
+        if line.startswith("["):
+            file = f"pixdistill/{line[1:-1]}"
+            continue
+        head = re.fullmatch(r"([\w.]+): (.+) \((\w+)::(.+)\)", line)
+        text, arrow, faulty = next(lines).partition(" =>")
+        if head is None or not arrow:
+            raise SystemExit(f"{path}: cannot read {line!r}")
+        where, what, module, test = head.groups()
+        text, faulty = (x.strip(" ").replace("\\n", "\n") for x in (text, faulty))
+        faults.append(
+            Fault(file, where, what, text, faulty, f"tests/test_{module}.py::test_{test}")
+        )
+    return faults
 
 
 class Token(NamedTuple):
@@ -66,9 +101,11 @@ def tokens_of(text: str) -> list[Token]:
 
 
 def span_of(source: str, where: str) -> tuple[int, int]:
-    """The part of a file that a function or class takes, by its qualified name; "" for the file."""
+    """The part of a file that a function or class takes, by its qualified name."""
+    if where == "file":
+        return 0, len(source)
     scope, lines = [ast.parse(source)], source.splitlines(keepends=True)
-    for name in filter(None, where.split(".")):
+    for name in where.split("."):
         scope = [
             inner
             for outer in scope
@@ -77,8 +114,6 @@ def span_of(source: str, where: str) -> tuple[int, int]:
         ]
     if len(scope) != 1:
         raise StaleError(f"{len(scope)} places are called {where}")
-    if not where:
-        return 0, len(source)
     first = min([scope[0].lineno, *(each.lineno for each in scope[0].decorator_list)])
     return len("".join(lines[: first - 1])), len("".join(lines[: scope[0].end_lineno]))
 
@@ -150,7 +185,9 @@ class Copy:
         if late:
             return "caught by the time limit"
         code = os.waitstatus_to_exitcode(status)
-        known = {0: "SURVIVED", 1: "caught", 2: "caught at import"}
+        took = time.monotonic() - self.began
+        caught = "caught" if took < SLOW else f"caught after {took:.0f} s"
+        known = {0: "SURVIVED", 1: caught, 2: "caught at import"}
         return "caught by a crash" if code < 0 else known.get(code, "NOT RUN")
 
     def kill(self) -> None:
@@ -160,7 +197,7 @@ class Copy:
 
 
 def _run_tests(folder: Path, log: Path, fault: Fault) -> NoReturn:
-    """The test that is known to notice the fault; if it does not, or is gone, all of its files."""
+    """The test of the fault, in this process, which was forked for it."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -169,14 +206,11 @@ def _run_tests(folder: Path, log: Path, fault: Fault) -> NoReturn:
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = str(folder)
     quiet = "-Wignore::pytest.PytestAssertRewriteWarning"  # hypothesis is loaded already
-    options = ["-n0", "-xq", "-pno:cacheprovider", quiet]
-    files = {fault.test.split("::")[0], "tests/test_every_loss.py"}
     code: int = 3
     try:
-        for tests in ({fault.test}, files):
-            code = int(pytest.main([*options, *tests]))
-            if code in (1, 2):
-                break
+        code = int(
+            pytest.main(["-n0", "-xq", "-pno:cacheprovider", quiet, *fault.test.split(" ", 2)])
+        )
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -202,7 +236,7 @@ def run(
 
 
 def main() -> int:
-    """Print what survives and what is stale; the number of survivors."""
+    """Print what survives, is slow or stale; the number of survivors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-j", "--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--only", default="", help="words that the line of a fault must have")
@@ -211,10 +245,13 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every `finally`
     chosen, stale = [], 0
-    for fault in FAULTS:
+    for fault in read_faults(Path(__file__).with_name("faults.txt")):
         if all(word in " ".join(fault) for word in arguments.only.split()):
             try:
                 ast.parse(broken((ROOT / fault.file).read_text(), fault))
+                test_file, name = fault.test.split("::")
+                if f"def {name.split()[0]}(" not in (ROOT / test_file).read_text():
+                    raise StaleError(f"no test {fault.test}")
                 chosen.append(fault)
             except (StaleError, SyntaxError, FileNotFoundError) as error:
                 stale += 1
@@ -225,6 +262,11 @@ def main() -> int:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a stale .pyc would hide a fault of the same size
     sys.dont_write_bytecode = True
+    phases = [Phase.explicit, Phase.generate]  # the first example that fails is enough
+    settings.register_profile(
+        "faults", max_examples=25, deadline=None, derandomize=True, phases=phases
+    )
+    os.environ["HYPOTHESIS_PROFILE"] = "faults"
     torch.set_num_threads(1)
     for name in COMMON:
         importlib.import_module(name)
@@ -233,8 +275,8 @@ def main() -> int:
         copies = [Copy(Path(folder) / str(number)) for number in range(arguments.jobs)]
         results = run(chosen, copies, arguments.limit)
         for fault, outcome in (bar := tqdm(results, total=len(chosen))):
-            if not outcome.startswith("caught"):
-                survived += 1
+            survived += not outcome.startswith("caught")
+            if outcome != "caught":
                 bar.write(f"{outcome}: {fault.file}, {fault.where}: {fault.what}")
     print(f"{len(chosen) - survived} of {len(chosen)} faults caught; {stale} stale")
     return survived
