@@ -18,10 +18,13 @@ TESTED = {
     "Lightning",
     "Hugging Face Trainer",
     "Accelerate",
+    "MMEngine",
     "Get features out of a network",
     "Forward hooks",
     "Hidden states of transformers",
     "A feature extractor",
+    "torchvision's dictionaries",
+    "timm, and maps with the channels last",
     "Add the task loss and the logits",
 }
 
@@ -101,7 +104,7 @@ def test_every_program_is_short_and_tested():
     assert PROGRAMS.keys() == TESTED
     for title, programs in PROGRAMS.items():
         (program,) = programs
-        assert len(program.splitlines()) < 32, title
+        assert len(program.splitlines()) < 36, title
 
 
 def test_plain_loop_with_one_process_and_with_ddp(tmp_path):
@@ -169,6 +172,24 @@ assert accelerator._custom_objects == [queue]
     run_file(program, tmp_path)
 
 
+@needs("mmengine", "cv2")
+def test_mmengine(tmp_path):
+    """The queue moves by the images of each step, and is in the checkpoint."""
+    (program,) = PROGRAMS["MMEngine"]
+    program = program.replace(
+        "\nRunner(", "\nstart = queue.keys.clone(), model.student.weight.clone()\nRunner("
+    )
+    program += """
+saved = torch.load("run/epoch_5.pth", weights_only=False)
+assert torch.equal(saved["queue"]["keys"], queue.keys)
+assert int(queue.ptr) == 5 * 16 % 64
+assert not (queue.keys == start[0]).all(dim=1).any()
+assert saved["state_dict"].keys() == {"student.weight", "student.bias"}
+assert not torch.equal(model.student.weight, start[1]) and teacher.weight.grad is None
+"""
+    run_file(program, tmp_path)
+
+
 def test_resized_maps(tmp_path):
     (program,) = PROGRAMS["Get features out of a network"]
     program += """
@@ -206,11 +227,46 @@ assert not student[1]._forward_hooks and not teacher[1]._forward_hooks
 def test_hidden_states(tmp_path):
     (program,) = PROGRAMS["Hidden states of transformers"]
     program += """
-assert [tuple(each.shape[1:]) for each in maps] == [(16, 14, 21), (32, 14, 21), (64, 7, 11)]
+sizes = [(8, 14, 21), (16, 7, 11), (40, 4, 6), (64, 2, 3)]
+assert [tuple(each.shape[1:]) for each in maps] == sizes
+assert project.weight.grad.norm() > 0
 assert target.shape == (2, 48, 4, 6)
 for row in range(4):
     for column in range(6):  # after one class token and four registers
         assert torch.equal(target[:, :, row, column], tokens[:, 5 + 6 * row + column])
+"""
+    run_file(program, tmp_path)
+
+
+@needs("torchvision")
+def test_dictionaries_of_torchvision(tmp_path):
+    (program,) = PROGRAMS["torchvision's dictionaries"]
+    program += """
+assert list(targets) == ["0", "1", "2", "3", "pool"]
+assert all(each.grad.norm() > 0 for each in criterion.align.parameters() if each.dim() > 1)
+assert student.body.conv1.weight.grad.norm() > 0
+assert all(each.grad is None for each in [*teacher.parameters(), *criterion.tokens.parameters()])
+"""
+    run_file(program, tmp_path)
+
+
+@needs("timm")
+def test_timm(tmp_path):
+    (program,) = PROGRAMS["timm, and maps with the channels last"]
+    program += """
+assert student_map.shape == (2, 256, 4, 4) and target.shape == (2, 96, 4, 4)
+assert torch.equal(target[0, :, 1, 2], teacher(images)[0][0, 1, 2])
+assert project.weight.grad.norm() > 0
+assert all(each.grad is None for each in teacher.parameters())
+from pixdistill import tokens_to_map
+name = "vit_small_patch14_reg4_dinov2"
+size = {"img_size": 56, "embed_dim": 48, "num_heads": 3, "depth": 1}
+vit = timm.create_model(name, **size).eval()
+x = torch.randn(1, 3, 56, 56)
+tokens, grid = vit.forward_features(x), vit.patch_embed.grid_size
+made = tokens_to_map(tokens, grid, prefix_tokens=vit.num_prefix_tokens)
+(truth,) = vit.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+torch.testing.assert_close(made, truth)
 """
     run_file(program, tmp_path)
 
