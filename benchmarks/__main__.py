@@ -39,13 +39,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_common(commands.add_parser("all", help="everything, the most informative first"))
+    every = commands.add_parser(
+        "all", help="everything, the most informative first", description=measure_all.__doc__
+    )
+    add_common(every)
     for name, subject in SUBJECTS.items():
         words = sys.modules[subject.problem.__module__].__doc__
         add_arguments(commands.add_parser(name, help=subject.summary, description=words), subject)
     for name, module in OTHERS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__))
+        added = commands.add_parser(
+            name, help=summary[0].lower() + summary[1:].rstrip("."), description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        module.add_arguments(added)
     arguments = parser.parse_args(argv)
     if arguments.command in OTHERS:
         return OTHERS[arguments.command].run(arguments)
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(options: Options) -> int:
-    """Follow the plan until the time is over, then print everything."""
+    """Measure every subject, the most informative cases first, then print everything."""
     runners: dict[str, Runner] = {}
     with interruptible():
         if options.device == "cuda":
@@ -104,20 +111,26 @@ def finish(runners: Iterable[Runner]) -> int:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The options of every command that measures."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
-    parser.add_argument("--rounds", type=int, help="timed runs of each provider")
+    parser.add_argument("--rounds", type=int, help="timed runs of each provider; default: 3 to 30")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="start nothing after these minutes"
+        "--minutes", type=float, default=math.inf, help="start no measurement after these minutes"
     )
-    parser.add_argument("--compile", action="store_true", help="also what torch.compile makes")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also measure what torch.compile makes of providers that it can compile",
+    )
     parser.add_argument(
         "--memory-limit",
         type=float,
         metavar="GiB",
         help="leave out what would hold more; default: 10 on a CPU, 80 %% of the GPU's memory",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the results; default: %(default)s"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser, subject: Subject) -> None:

@@ -200,9 +200,24 @@ def compile_all(archs: list[str], every: list[Call]) -> list[dict[str, Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m benchmarks kernels`."""
-    parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS))
-    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=["sm_80", "sm_90"])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    named = ", ".join(OPERATORS)
+    parser.add_argument(
+        "--operator",
+        nargs="+",
+        choices=OPERATORS,
+        metavar="NAME",
+        default=list(OPERATORS),
+        help=f"only the kernels of these: {named}",
+    )
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        choices=LIMITS,
+        metavar="ARCH",
+        default=["sm_80", "sm_90"],
+        help=f"of {', '.join(LIMITS)}; default: sm_80 sm_90",
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of kernels.json")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -141,9 +141,10 @@ def errors(problem: Problem, results, exact, rows: Tensor) -> tuple[float, float
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command line."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: cuda where there is a GPU")
+    parser.add_argument("--minutes", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other problems")
 
 
 def run(options: argparse.Namespace) -> int:

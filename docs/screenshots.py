@@ -1,17 +1,13 @@
 """Take pictures of every page of the built site in a headless browser, and check the pages.
 
 `python docs/screenshots.py HTML_FOLDER OUTPUT_FOLDER` serves the folder on 127.0.0.1 and opens each page
-at the width of a desk, in dark mode and at the width of a phone. It fails with a list where a page is
+at the widths of a desk and of a phone, light and dark. It fails with a list where a page is
 wider than its window, a picture or a formula is missing, the console shows an error, a link between
 pages is dead, or the search finds nothing. It uses the system's Chromium, or that of `--browser`.
-
-MathJax is loaded from its site. Where that cannot be reached, use `npm install mathjax@4` and
-`--npm node_modules`.
 """
 
 import argparse
 import functools
-import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,31 +17,32 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urlsplit
 
-from playwright.sync_api import Page, Route, TimeoutError, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 from tqdm import tqdm
 
 VIEWS: dict[str, dict[str, Any]] = {
     "desktop": {"viewport": {"width": 1280, "height": 900}},
     "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 390, "height": 844}},
+    "phone-dark": {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"},
 }
 SEARCHES = ("PixelQueue", "temperature")
 TIMEOUT = 120_000  # milliseconds: a busy machine is not a fault of a page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
-# Facts about a page. Formulas that MathJax has not replaced are bare text, or an error.
-LOOK = """async () => { await window.MathJax?.startup?.promise; return {
+# Facts about a page. A formula that is no picture is bare text.
+LOOK = """() => ({
     excess: document.documentElement.scrollWidth - window.innerWidth,
     beyond: [...document.querySelectorAll("main *, article *")]
         .filter(e => e.getBoundingClientRect().right > window.innerWidth + 1)
         .slice(0, 3).map(e => `${e.tagName.toLowerCase()} ${e.textContent.trim().slice(0, 40)}`),
     missing: [...document.images].filter(i => i.naturalWidth === 0).map(i => i.src),
     formulas: [...document.querySelectorAll(".math")]
-        .filter(e => !e.querySelector("mjx-container") || e.querySelector("mjx-merror"))
+        .filter(e => !e.querySelector("svg"))
         .map(e => e.textContent.trim().slice(0, 40)),
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
     ids: [...document.querySelectorAll("[id]")].map(e => e.id),
-}}"""
+})"""
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -113,7 +110,7 @@ def empty_searches(page: Page, root: str, words: Sequence[str]) -> Iterator[str]
             yield f"search: nothing for {word!r}"
 
 
-def survey(folder: Path, output: Path, browser: str, npm: Path | None) -> list[str]:
+def survey(folder: Path, output: Path, browser: str) -> list[str]:
     """All problems of the site; pictures go to one folder per view in `output`."""
     pages = [*folder.glob("*.html"), *folder.glob("generated/*.html")]
     names = sorted(path.relative_to(folder).as_posix() for path in pages)
@@ -125,8 +122,6 @@ def survey(folder: Path, output: Path, browser: str, npm: Path | None) -> list[s
             (output / view).mkdir(parents=True, exist_ok=True)
             page = chromium.new_page(**options)
             page.set_default_timeout(TIMEOUT)
-            if npm is not None:
-                page.route(re.compile(r"^https://[^/]+/npm/"), functools.partial(_from_npm, npm))
             seen = {}
             for name in names:
                 picture = output / view / f"{Path(name).stem}.png"
@@ -143,29 +138,19 @@ def survey(folder: Path, output: Path, browser: str, npm: Path | None) -> list[s
     return problems
 
 
-def _from_npm(npm: Path, route: Route) -> None:
-    """Answer `.../npm/PACKAGE@VERSION/FILE` with the file of the installed package."""
-    path = re.sub(r"(?<=[^/])@[^/]*", "", route.request.url.split("/npm/", 1)[1].partition("?")[0])
-    file = npm / path
-    route.fulfill(path=file) if file.is_file() else route.abort()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the site; the exit status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("html", type=Path, help="folder that Sphinx wrote")
     parser.add_argument("output", type=Path, help="folder for the pictures")
     parser.add_argument("--browser", help=f"default: one of {', '.join(BROWSERS)}")
-    parser.add_argument(
-        "--npm", type=Path, help="node_modules folder with mathjax, instead of its site"
-    )
     arguments = parser.parse_args(argv)
     if not (arguments.html / "index.html").is_file():
         parser.error(f"{arguments.html} holds no index.html; build the site first")
     browser = arguments.browser or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         parser.error("no browser found; install Chromium, or give --browser")
-    problems = survey(arguments.html, arguments.output, browser, arguments.npm)
+    problems = survey(arguments.html, arguments.output, browser)
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problems; pictures are in {arguments.output}")

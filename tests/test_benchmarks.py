@@ -660,11 +660,33 @@ def test_the_page_shows_gpus_first(tmp_path):
     assert command("page", "--results", tmp_path, "--output", tmp_path / "page.md") == 0
     text = (tmp_path / "page.md").read_text()
     headings = re.findall(r"^##+ (.*)", text, flags=re.MULTILINE)
-    assert headings[:4] == ["Summary", "NVIDIA H100", "The contrast on maps", "P"]
-    assert "2.00 ms, 2 MiB | 1.00 ms, 1 MiB" in text
+    question = page.TITLES["contrast"][0]
+    assert headings[:4] == ["Summary", "NVIDIA H100", question, "P"]
+    assert text.count(f"### {question}") == 2
     for name in ("contrast_cpu", "contrast_h100", "scaling_cpu"):
         assert (tmp_path / f"{name}_float32.png").stat().st_size > 8000
         assert f"results/{name}_float32.png)" in text
+
+
+def test_the_summary_compares_the_same_case(tmp_path):
+    subject, case, _ = page.SUMMARY[0]
+    columns = dict(zip(SUBJECTS[subject].columns, ("pcd", 256, 224), strict=True))
+    assert case == "pcd 256 224"
+    records = [
+        timed(name, seconds, **columns) | {"peak_bytes": peak * 2**30}
+        for name, seconds, peak in (("ours", 0.2, 1), ("plain", 0.5, 3))
+    ]
+    write(tmp_path, subject, "h100", [*records, timed("ours", 9.0, **(columns | {"B": 1}))])
+    assert "500 ms, 3.0 GiB | 200 ms, 1.0 GiB |" in page.render(tmp_path)
+
+
+def test_the_page_names_what_is_missed(tmp_path):
+    case = dict(zip(af_dcd.SUBJECT.columns, targets.PATCHES, strict=True))
+    records = [timed("ours", 1.0, 30, **case), timed("plain", 2.6, 100, **case)]
+    write(tmp_path, "af_dcd", "cpu", records)
+    text = page.render(tmp_path)
+    assert "1 of 2 targets, measured with pixdistill 1:" in text
+    assert "- Af-DCD's contrast, pool 4: extra memory over plain's: 0.3, the target is at" in text
 
 
 def test_the_page_is_what_the_command_writes():
