@@ -23,6 +23,7 @@ from benchmarks.__main__ import OTHERS
 from benchmarks.subjects import SUBJECTS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs" / "recipes").glob("*.md"))
 TOOLS = {"pip", "pytest", "sphinx", "build", "twine", "coverage", "venv"}
 """Modules of other projects that pages call by `python -m`."""
 BENCHMARKS = {"--help", "all", *SUBJECTS, *OTHERS}
@@ -77,7 +78,8 @@ def sources_of(words: list[str]) -> str:
     if not words[1].endswith(".py") or words[1] in THEIRS:
         return ""
     assert (ROOT / words[1]).is_file(), words
-    return (ROOT / words[1]).read_text()
+    shared = ROOT / words[1].rpartition("/")[0] / "common.py"  # the flags of all recipes
+    return (ROOT / words[1]).read_text() + (shared.read_text() if shared.is_file() else "")
 
 
 def extras() -> set[str]:

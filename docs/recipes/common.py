@@ -84,6 +84,11 @@ class Run:
         args.output.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)  # the weights are the same in all processes
 
+    def print(self, line: str) -> None:
+        """Print once, not in every process."""
+        if self.rank == 0:
+            print(line)
+
     def autocast(self) -> torch.autocast:
         """The context for forward passes."""
         dtype = DTYPES[self.args.amp]
@@ -94,18 +99,22 @@ class Run:
         module.eval().requires_grad_(False).to(self.device)
         return self._layout(module)
 
-    def trained(self, module: nn.Module) -> nn.Module:
-        """What is trained, moved to the device and wrapped for the processes."""
+    def trained(self, module: nn.Module, compiled: nn.Module | None = None) -> nn.Module:
+        """What is trained, moved to the device and wrapped for the processes.
+
+        `--compile` compiles it, or only its part `compiled`.
+        """
         if self.world > 1 and self.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         self._layout(module.to(self.device))
         if self.args.compile:
-            module.compile()  # in place: the names in checkpoints stay
+            (compiled or module).compile()  # in place: the names in checkpoints stay
         return DistributedDataParallel(module) if self.world > 1 else module
 
     def _layout(self, module: nn.Module) -> nn.Module:
-        if self.args.channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for weight in module.parameters() if self.args.channels_last else ():
+            if weight.dim() == 4 and weight.shape[2:] != (1, 1):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         return module
 
     def move(self, batch: Any) -> Any:
@@ -248,7 +257,8 @@ class Table:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        rows = list(csv.DictReader(path.open())) if start and path.exists() else []
+        lines = path.read_text().splitlines() if start and path.exists() else []
+        rows = list(csv.DictReader(lines))
         self.rows: list[dict[str, Any]] = [row for row in rows if int(row["step"]) <= start]
         self._write()
 
@@ -336,6 +346,7 @@ class Log:
         figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
         for number, (rows, names, title) in enumerate(curves, 1):
             axes = figure.add_subplot(1, len(curves), number, title=title, xlabel="step")
+            axes.set_yscale("log" if title == "training" else "linear")
             for name in names:
                 points = [(int(row["step"]), float(row[name])) for row in rows]
                 axes.plot(*zip(*points, strict=True), marker=".", label=name)
@@ -382,11 +393,9 @@ def fit(
     return last == steps
 
 
-def scalars(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """The parts of a loss and their weighted sum, "loss"."""
-    total = sum(weights[name] * value for name, value in parts.items())
-    assert isinstance(total, Tensor)
-    return {"loss": total, **parts}
+def summed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a loss, and "loss", their sum."""
+    return {"loss": torch.stack([part.float() for part in parts.values()]).sum(), **parts}
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -400,3 +409,10 @@ def existing(path: Path, expected: Sequence[str]) -> Path:
         if not (path / name).exists():
             stop(f"{path / name} does not exist; {path} must hold {', '.join(expected)}")
     return path
+
+
+def load(path: Path | str, flag: str, expected: str = "a state_dict") -> Any:
+    """The content of a checkpoint file, read without running code from it."""
+    if not Path(path).is_file():
+        stop(f"{flag} {path} is not a file; it must hold {expected}")
+    return torch.load(path, map_location="cpu", weights_only=True)
