@@ -33,7 +33,7 @@ class MHSAPlugin(nn.Module):
     float16, bfloat16 and float32.
 
     Args:
-        channels: C.
+        channels: the channels C of the map.
         num_heads: divides C.
         position: "sine" adds a fixed code of row and column to what queries and keys are computed
             from. "relative" rotates queries and keys by row and column (2-D rotary), so that a logit
@@ -44,7 +44,7 @@ class MHSAPlugin(nn.Module):
     Raises:
         ValueError, TypeError: for settings that do not fit, and for an input of another shape.
 
-    Source: ours, see the top of this file.
+    Source: ours. PCD names such a module, and its code does not contain it.
 
     Example:
         >>> plugin = MHSAPlugin(64)

@@ -31,7 +31,7 @@ class MaskedReceptiveTokens(nn.Module):
 
     Args:
         channels: C, the width of the teacher's map.
-        num_tokens: T. MasKD uses 6 for detection and 8 for segmentation.
+        num_tokens: T, the number of masks; MasKD uses 6 for detection and 8 for segmentation.
         weighted: whether each image weighs its tokens, as in detection.
 
     Shapes: maps `[B, C, H, W]` of any size.

@@ -14,9 +14,8 @@ Masks and weights are given (`Masks`), or computed from frozen tokens (`Tokens`)
 """
 
 import functools
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence  # noqa: UP035  torch 2.6 registers no other Sequence
 
 import torch
 from torch import Tensor
