@@ -123,16 +123,8 @@ def rows(path):
 
 def test_segmentation_resumes_to_the_same_numbers(tmp_path):
     """Cut while the tokens learn, and again in the middle of the distillation."""
-    flags = [
-        "--data",
-        str(voc(tmp_path / "data")),
-        *SMALL,
-        "--accumulate",
-        "2",
-        "--eval-every",
-        "2",
-    ]
-    flags += ["--steps", "4", "--token-steps", "3"]
+    flags = [*SMALL, "--data", str(voc(tmp_path / "data")), "--accumulate", "2"]
+    flags += ["--steps", "4", "--token-steps", "3", "--eval-every", "2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     segmentation.main([*flags, "--output", str(whole)])
     segmentation.main([*flags, "--output", str(cut), "--stop-after", "2"])
@@ -352,6 +344,62 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(tmp_path):
     with pytest.raises(SystemExit, match=r"'seed': 0.*'seed': 1.*pass the same flags"):
         other.load("student.pt", {})
     assert common.Run(flags([*given, "--resume"])).load("student.pt", {"scaler": run.scaler}) == 2
+
+
+class Line(nn.Linear):
+    """A network of two weights, one clipped, that also drops inputs at random."""
+
+    def forward(self, x, y):
+        loss = (super().forward(F.dropout(x, self.dropout)) - y).square().mean()
+        return common.summed({"half": loss / 2, "rest": loss / 2})
+
+
+def fit_a_line(folder, *flags, dropout=0.0):
+    """Parameters, and the scale of the loss, after 6 steps of 4 of 10 points."""
+    parse = common.parser("", steps=6, batch_size=4, lr=0.1).parse_args
+    given = ["--data", ".", "--output", str(folder), "--device", "cpu", "--workers", "0"]
+    run = common.Run(parse([*given, "--amp", "none", "--log-every", "1", *flags]))
+    generator = torch.Generator().manual_seed(0)
+    points = torch.utils.data.TensorDataset(*torch.randn(2, 10, 1, generator=generator))
+    model = run.trained(Line(1, 1))
+    model.dropout = dropout
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, 6, power=0.9)
+    common.fit(run, "line", model, optimizer, schedule, points, 6, clip=([model.weight], 0.05))
+    return [*(p.detach() for p in model.parameters()), run.scaler.get_scale()]
+
+
+def test_fp16_resumes_with_its_scale(tmp_path):
+    whole = fit_a_line(tmp_path / "a", "--amp", "fp16", dropout=0.5)
+    fit_a_line(tmp_path / "b", "--amp", "fp16", "--stop-after", "4", dropout=0.5)
+    assert fit_a_line(tmp_path / "b", "--amp", "fp16", "--resume", dropout=0.5) == whole
+    saved = torch.load(tmp_path / "b" / "line.pt")
+    assert saved["scaler"]["scale"] == whole[-1] == 2**15  # the first step overflows at 2**16
+    assert saved["scaler"]["_growth_tracker"] == 5
+
+
+def test_accumulated_and_clipped_steps_are_those_of_torch(tmp_path):
+    """The whole loop again by hand: order, gradient of the mean, one weight clipped, rate."""
+    weight, bias, _ = fit_a_line(tmp_path / "a", "--accumulate", "2")
+    torch.manual_seed(0)
+    line = nn.Linear(1, 1)
+    x, y = torch.randn(2, 10, 1, generator=torch.Generator().manual_seed(0))
+    order = [
+        torch.randperm(10, generator=torch.Generator().manual_seed(epoch)) for epoch in range(3)
+    ]
+    momentum = [torch.zeros_like(p) for p in line.parameters()]
+    for step in range(6):
+        batch = torch.cat(order)[4 * step : 4 * step + 4]
+        loss = (line(x[batch]) - y[batch]).square().mean()
+        gradients = list(torch.autograd.grad(loss, line.parameters()))
+        gradients[0] = gradients[0].clamp(-0.05, 0.05)
+        for p, m, g in zip(line.parameters(), momentum, gradients, strict=True):
+            m.mul_(0.9).add_(g)
+            p.data -= 0.1 * (1 - step / 6) ** 0.9 * m
+    torch.testing.assert_close([weight, bias], [line.weight.data, line.bias.data])
+    log = rows(tmp_path / "a" / "line.csv")
+    assert [row["lr"] for row in log] == pytest.approx([0.1 * (1 - i / 6) ** 0.9 for i in range(6)])
+    assert log[0]["loss"] == pytest.approx(2 * log[0]["half"])
 
 
 def test_labels_out_of_range_name_their_file(tmp_path):

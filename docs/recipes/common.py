@@ -6,11 +6,13 @@ holds the state of every random generator.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +70,7 @@ class Run:
         cuda = torch.cuda.is_available()
         if dist.is_torchelastic_launched() and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(dist.destroy_process_group)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
         local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
@@ -113,8 +116,12 @@ class Run:
 
     def _layout(self, module: nn.Module) -> nn.Module:
         for weight in module.parameters() if self.args.channels_last else ():
-            if weight.dim() == 4 and weight.shape[2:] != (1, 1):
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            if weight.dim() == 4 and weight.shape[2:] != (
+                1,
+                1,
+            ):  # as cuDNN and DDP lay out gradients
+                nhwc = torch.empty_like(weight, memory_format=torch.channels_last)
+                weight.data = nhwc.copy_(weight.detach())
         return module
 
     def move(self, batch: Any) -> Any:
@@ -380,6 +387,8 @@ def fit(
     last = max(first, min(steps, args.stop_after or steps))
     log = Log(run, name, first, steps)
     loader = batches(dataset, run, first, last, collate)
+    if run.scaler.is_enabled():  # where the scaler skips the first step, the scheduler warns
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
     for step in range(first + 1, last + 1):
         lr = float(schedule.get_last_lr()[0])
         log.add(step, run.step(model, loader, optimizer, clip), lr)

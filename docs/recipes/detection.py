@@ -113,12 +113,15 @@ def teacher_network(args: argparse.Namespace, classes: int) -> FasterRCNN:
 def student_network(args: argparse.Namespace, classes: int) -> FasterRCNN:
     """The same detector with a small backbone, and levels of the teacher's strides 4 to 64."""
     weights = "IMAGENET1K_V1" if args.student_weights == "imagenet" else None
+    frozen = 0 if weights is None else 2  # stem and first stage, as the official code does
     if args.student == "resnet18":
-        backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=weights)
+        backbone = resnet_fpn_backbone(
+            backbone_name="resnet18", weights=weights, trainable_layers=5 - frozen
+        )
     else:
         backbone = mobilenet_backbone(
             backbone_name="mobilenet_v3_large", weights=weights, fpn=True,
-            returned_layers=[1, 2, 3, 4], trainable_layers=4,
+            returned_layers=[1, 2, 3, 4], trainable_layers=6 - frozen,
         )  # fmt: skip
     return FasterRCNN(
         backbone, classes, min_size=args.size[0], max_size=args.size[1],
