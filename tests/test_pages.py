@@ -221,6 +221,14 @@ def test_readme_shows_what_was_measured(row):
         assert cell == f"{milliseconds:g} ms, {size}", provider
 
 
+def test_the_landing_page_repeats_figures_of_readme():
+    section = (ROOT / "docs" / "index.md").read_text().partition("## Three figures")[2]
+    figures = re.findall(r"[\d.]+ (?:ms|%|MiB|GiB)", section.partition("\n## ")[0])
+    assert len(figures) == 12
+    readme = (ROOT / "README.md").read_text()
+    assert not [figure for figure in figures if not re.search(rf"\b{figure}", readme)]
+
+
 def test_readme_says_how_many_targets_are_missed():
     text = targets.reached(ROOT / "benchmarks" / "results", "h200")
     missed, every = text.count("| missed"), len(text.splitlines()) - 2
