@@ -619,7 +619,7 @@ def test_launches_of_the_node(change, kernels):
 def test_kernels_that_split_channels_and_pixels(masked, pool, monkeypatch):
     """Tiles that neither channels nor windows fill, sums of several blocks, and large windows."""
     if pool[0] < 4:  # with many programs, large windows take minutes to interpret
-        monkeypatch.setattr(triton_kernels, "tile_of", lambda *_: (2, 4))
+        monkeypatch.setattr(triton_kernels, "tile_of", lambda *_: (2, 8))
     monkeypatch.setattr(triton_kernels, "BLOCK", 4)
     size = (2 * pool[0] * 2, 3 * pool[1]) if pool[0] < 4 else (2 * pool[0], pool[1])
     student, teacher = maps(2, 5, *size)

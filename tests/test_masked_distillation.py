@@ -13,7 +13,6 @@ from helpers import (
     BACKENDS,
     LargestTensor,
     assert_close,
-    assert_within_budget,
     device_of,
     fresh_compiler,
     golden,
@@ -264,9 +263,9 @@ def test_blocks_of_any_size_give_the_same(block, masked, monkeypatch):
     assert max(map(len, rows)) == min(5, max(1, block // (2 * 4 * 6)))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(
+    ("weighted", "masked", "aligned"), [(True, False, True), (False, True, False)]
+)
 def test_gradcheck(weighted, masked, aligned):
     """First and second order: the loss is a quadratic form of the student, its own masks aside."""
     tokens = build_tokens(weighted=weighted)
@@ -286,10 +285,15 @@ def test_gradcheck(weighted, masked, aligned):
 
 
 def test_second_order_gradients_are_right():
-    loss, (student, teacher) = build(), maps(*SHAPE)
+    """Also beside NaN at an invalid pixel."""
+    loss, (student, teacher), valid = build(), maps(*SHAPE), some_mask(2, 5, 6)
+    hidden, weights = ~valid.unsqueeze(1), loss.tokens[0].weights(teacher, valid_mask=valid)
     results = []
-    for function in (loss, lambda s, t: dense_loss(loss.tokens[0], s, t).mean()):
-        leaf = student.clone().requires_grad_()
+    for function, fill in (
+        (lambda s, t: loss(s, t, valid_mask=valid), torch.nan),
+        (lambda s, t: dense_loss(loss.tokens[0], s, t, valid=valid, weights=weights).mean(), 0.0),
+    ):
+        leaf = student.masked_fill(hidden, fill).requires_grad_()
         (grad,) = torch.autograd.grad(function(leaf, teacher), leaf, create_graph=True)
         results.append((grad.detach(), torch.autograd.grad(grad.pow(3).sum(), leaf)[0]))
     for ours, truth in zip(*results, strict=True):
@@ -351,56 +355,33 @@ def test_a_valid_rectangle_is_a_cropped_image(custom, aligned):
     assert_same(measure(loss, student, teacher, full), measure(loss, student, teacher), 1e-12)
 
 
-def test_reductions_agree_with_each_other():
+def test_an_image_without_a_valid_pixel_counts_for_nothing():
     student, teacher = maps(3, 4, 5, 6)
     valid = some_mask(3, 5, 6)
-    valid[1] = False  # an image without a valid pixel counts for nothing, also in the mean
-    for mask, count in ((None, 3), (valid, 2)):
-        images = build(reduction="none")(student, teacher, valid_mask=mask)
-        assert images.shape == (3,)
-        assert_close(build(reduction="sum")(student, teacher, valid_mask=mask), images.sum(), 1e-13)
-        mean = build(reduction="mean")(student, teacher, valid_mask=mask)
-        assert_close(mean, images.sum() / count, 1e-13)
+    valid[1] = False
+    images = build(reduction="none")(student, teacher, valid_mask=valid)
     assert images[1] == 0
+    assert_close(build(reduction="sum")(student, teacher, valid_mask=valid), images.sum(), 1e-13)
+    assert_close(build()(student, teacher, valid_mask=valid), images.sum() / 2, 1e-13)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("batch", [0, 2])
-def test_nothing_valid_is_zero_attached_to_the_graph(reduction, aligned, batch):
-    loss = build(reduction=reduction, customize_after=0, student_channels=4 if aligned else None)
-    student, teacher = (x[:batch].requires_grad_() for x in maps(*SHAPE))
-    valid = torch.zeros(batch, 5, 6, dtype=torch.bool)
-    for mask in (valid,) if batch else (valid, None):
-        value = loss(student, teacher, valid_mask=mask)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_nothing_valid_is_zero_attached_to_the_graph(reduction):
+    student, teacher = maps(*SHAPE)
+    for batch in (0, 2):
+        leaf = student[:batch].clone().requires_grad_()
+        valid = torch.zeros(batch, 5, 6, dtype=torch.bool)
+        value = build(reduction=reduction)(leaf, teacher[:batch], valid_mask=valid)
         assert torch.equal(value, torch.zeros_like(value))
-        student.grad = None
         value.sum().backward()
-        assert torch.equal(student.grad, torch.zeros_like(student))
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("side", [0, 1])
-def test_a_valid_pixel_that_is_not_finite_shows(poison, side):
-    pair = maps(*SHAPE)
-    pair[side][0, 1, 2, 3] = poison
-    value = build(reduction="none")(*pair)
-    assert not value[0].isfinite()
-    assert value[1].isfinite()
-
-
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_invalid_pixels_may_hold_anything_before_an_alignment(poison):
-    loss = build(student_channels=3, customize_after=0)
-    student, teacher, valid = maps(2, 3, 5, 6)[0], maps(*SHAPE)[1], some_mask(2, 5, 6)
-    results = []
-    for fill in (0.5, poison):
-        leaf = student.masked_fill(~valid.unsqueeze(1), fill).requires_grad_()
-        value = loss(leaf, teacher.masked_fill(~valid.unsqueeze(1), fill), valid_mask=valid)
-        parameters = [leaf, *loss.align.parameters()]
-        results.append((value.detach(), *torch.autograd.grad(value, parameters)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert all(part.isfinite().all() for part in results[1])
+def test_a_valid_pixel_that_is_not_finite_shows_in_its_image_alone():
+    for side, poison in itertools.product((0, 1), (torch.nan, torch.inf)):
+        pair = maps(*SHAPE)
+        pair[side][0, 1, 2, 3] = poison
+        assert build(reduction="none")(*pair).isfinite().tolist() == [False, True]
 
 
 # --- Masks at their limits ------------------------------------------------------------------------
@@ -509,34 +490,11 @@ def test_only_the_student_gets_a_gradient_from_the_function(compiling, monkeypat
         assert grads[1:] == (None, None, None)
 
 
-@pytest.mark.parametrize("settings", [{}, {"student_channels": 4}, {"customize_after": 0}])
-def test_a_teacher_and_a_mask_made_in_inference_mode(settings):
-    loss, (student, teacher), valid = build(**settings), maps(*SHAPE), some_mask(2, 5, 6)
-    expected = measure(loss, student, teacher, valid)
-    with torch.inference_mode():
-        teacher, valid = teacher.clone(), valid.clone()
-    assert teacher.is_inference()
-    ours = measure(loss, student, teacher, valid)
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-
-
-def test_a_frozen_student_gives_a_loss_without_gradient():
-    student, teacher = maps(*SHAPE)
-    assert not build()(student, teacher).requires_grad
-    with torch.no_grad():
-        assert not build()(student.requires_grad_(), teacher).requires_grad
-
-
-def test_inputs_are_left_as_they_were():
-    loss, (student, teacher), valid = build(customize_after=0), maps(*SHAPE), some_mask(2, 5, 6)
-    inputs = (student, teacher, valid)
+def test_given_masks_and_weights_are_left_as_they_were():
+    student, teacher, masks, weights = inputs = distance_problem()
     before = [x.clone() for x in inputs]
-    loss(student.requires_grad_(), teacher, valid_mask=valid).backward()
+    masked_distance(student, teacher, masks, weights, valid_mask=some_mask(2, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-    _, _, masks, weights = inputs = distance_problem()
-    before = [x.clone() for x in inputs]
-    masked_distance(student.detach(), teacher, masks, weights, valid_mask=valid)
-    assert all(torch.equal(a, b) for a, b in zip(inputs[2:], before[2:], strict=True))
 
 
 # --- Levels and alignment -------------------------------------------------------------------------
@@ -635,38 +593,22 @@ def test_the_students_masks_join_after_n_steps():
     assert torch.equal(plain(student, teacher), before)
 
 
-def test_forward_has_no_side_effects():
-    loss, (student, teacher) = build(customize_after=1), maps(*SHAPE)
-    before = copy.deepcopy(loss.state_dict())
-    for mode in (True, False):
-        loss.train(mode)
-        loss(student.requires_grad_(), teacher).backward()
-        loss(student, teacher, return_components=True)
-    assert all(torch.equal(before[key], value) for key, value in loss.state_dict().items())
-
-
 def test_resumes_in_the_middle_of_the_warm_up():
     student, teacher = maps(*SHAPE)
     loss = build(customize_after=3)
     loss.step()
     loss.step()
     fresh = build(build_tokens(seed=7), customize_after=3)
-    fresh.load_state_dict(pickle.loads(pickle.dumps(loss.state_dict())))
+    state = pickle.loads(pickle.dumps(loss.state_dict()))
+    weighting = {f"tokens.0.prob.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    assert set(state) == weighting | {"tokens.0.mask_token", "steps"}
+    fresh.load_state_dict(state)
     for _ in range(3):
         assert torch.equal(fresh(student, teacher), loss(student, teacher))
         loss.step()
         fresh.step()
     assert fresh.steps == 5
     assert torch.equal(fresh(student, teacher), build(customize_after=0)(student, teacher))
-
-
-def test_the_step_count_is_an_integer_buffer():
-    loss = build(customize_after=3)
-    assert dict(loss.named_buffers()).keys() == {"steps"}
-    loss.half()
-    loss.step()
-    assert loss.steps.dtype == torch.int64
-    assert loss.steps.shape == ()
 
 
 def test_counts_from_zero_where_buffers_are_made_later():
@@ -692,56 +634,24 @@ def test_the_students_masks_change_the_gradient_only_as_constants():
     assert_same(ours, (truth.detach(), grad), 1e-12)
 
 
-# --- Dtypes and layouts ---------------------------------------------------------------------------
+# --- Dtypes ----------------------------------------------------------------------------------------
 
 
-def plain_loss(tokens, student, teacher):
-    """What one would write in plain PyTorch, in the dtype of the inputs, customised."""
-    with torch.no_grad():
-        masks = [
-            torch.matmul(tokens.mask_token.to(x.dtype), x.flatten(2)).sigmoid().view(2, -1, 1, 9, 7)
-            for x in (teacher, student)
-        ]
-        mask = masks[0] * masks[1]
-        weights = copy.deepcopy(tokens.prob).to(teacher.dtype)(teacher).flatten(1).softmax(1)
-    squares = (student.unsqueeze(1) * mask - teacher.unsqueeze(1) * mask) ** 2
-    value = squares.sum((3, 4)) / mask.sum((3, 4))
-    return (value.mean(2) * weights).sum(1).mean()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_error_stays_within_twice_plain_pytorch(dtype, autocast):
-    tokens = build_tokens(16, 5, dtype=torch.float32)
-    tokens.mask_token.data /= 4
-    student, teacher = maps(2, 16, 9, 7, dtype=dtype)
-    loss = MaskedDistillationLoss(tokens, customize_after=0, eps=0.0)
-    results = []
-    for function in (loss, lambda s, t: plain_loss(tokens, s, t)):
-        leaf = student.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            value = function(leaf, teacher)
-        (grad,) = torch.autograd.grad(value * 64, leaf)
-        results.append((value.detach(), grad))
-    double = copy.deepcopy(tokens).double()
-    truth = dense_with_grad(student.double(), double, teacher.double(), custom=True, eps=0.0)
-    assert results[0][0].dtype == torch.float32
-    assert results[0][1].dtype == dtype
-    tiny = 1e-6 if dtype == torch.float32 else 1e-3
-    assert_within_budget(results[0][0], results[1][0], truth[0], tiny)
-    assert_within_budget(results[0][1] / 64, results[1][1] / 64, truth[1], tiny)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("other", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("compiling", [False, True])
-def test_teacher_may_have_another_dtype(dtype, other, masked, compiling, monkeypatch):
-    """In both forms: a compiler sees the plain formula."""
+def test_teacher_may_have_another_dtype(dtype, other, compiling, monkeypatch):
+    """Float64 too, and in the plain formula that a compiler sees."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     student, teacher = maps(*SHAPE)
-    student, teacher = student.to(dtype), teacher.to(other)
-    valid = some_mask(2, 5, 6) if masked else None
+    student, teacher, valid = student.to(dtype), teacher.to(other), some_mask(2, 5, 6)
     tokens = build_tokens(dtype=torch.float32)
     tokens.mask_token.data /= 4
     loss = MaskedDistillationLoss(tokens, reduction="none")
@@ -750,7 +660,7 @@ def test_teacher_may_have_another_dtype(dtype, other, masked, compiling, monkeyp
     assert grad.dtype == dtype
     exact = MaskedDistillationLoss(copy.deepcopy(tokens).double(), reduction="none")
     truth = measure(exact, student.double(), teacher.double(), valid)
-    half = torch.bfloat16 in (dtype, other) or torch.float16 in (dtype, other)
+    half = dtype == torch.float16
     assert_close(value, truth[0], 5e-3 if half else 1e-6)
     assert_close(grad, truth[1], 1e-2 if half else 1e-6)
 
@@ -770,63 +680,12 @@ def test_autocast_aligns_in_half_precision_and_sums_in_float32():
     assert_close(value, measure(loss, student, teacher)[0], 1e-2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_strided_maps_equal_contiguous_ones(masked, aligned):
-    student, teacher = maps(*SHAPE, dtype=torch.float32)
-    valid = some_mask(2, 5, 6) if masked else None
-    loss = build(dtype=torch.float32, customize_after=0, student_channels=4 if aligned else None)
-    expected = measure(loss, student, teacher, valid)
-    forms = {
-        "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-        "sliced": lambda x: torch.stack([x, x + 1], dim=-1).flatten(3)[..., ::2],
-        "cropped": lambda x: F.pad(x, (1, 2, 3, 1))[..., 3:-1, 1:-2],
-        "transposed": lambda x: x.mT.contiguous().mT,
-        "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    }
-    if masked:
-        valid = torch.stack([valid, ~valid], dim=-1).flatten(2)[..., ::2]
-    for (name, form), both in itertools.product(forms.items(), (True, False)):
-        assert not form(student).is_contiguous(), name
-        value = loss(form(student).requires_grad_(), form(teacher) if both else teacher)
-        leaf = form(student).requires_grad_()
-        value = loss(leaf, form(teacher) if both else teacher, valid_mask=valid)
-        (grad,) = torch.autograd.grad(value, leaf)
-        assert_close(value, expected[0], 1e-6)
-        assert_close(grad, expected[1], 2e-6)
-
-
 def test_the_gradient_of_a_channels_last_map_is_channels_last():
     student, teacher = (
         x.contiguous(memory_format=torch.channels_last) for x in maps(*SHAPE, dtype=torch.float32)
     )
     _, grad = measure(build(dtype=torch.float32), student, teacher)
     assert grad.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_expanded_maps_equal_contiguous_ones():
-    student, teacher = maps(1, 4, 5, 1, dtype=torch.float32)
-    loss = build(dtype=torch.float32, customize_after=0)
-    results = []
-    for form in (lambda x: x, torch.Tensor.contiguous):
-        leaf = student.clone().requires_grad_()
-        wide = form(leaf.expand(2, 4, 5, 6))
-        value = loss(wide, form(teacher.expand(2, 4, 5, 6)))
-        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
-    assert_same(*results, 1e-6)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_same_bits_twice(strict):
-    student, teacher = maps(2, 4, 9, 9, dtype=torch.float32)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(strict)
-    try:
-        loss = build(dtype=torch.float32, customize_after=0)
-        one, two = (measure(loss, student, teacher, some_mask(2, 9, 9)) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(before)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -889,76 +748,6 @@ def test_the_graph_keeps_the_maps_and_one_number_a_pixel():
     value.backward()
 
 
-def test_a_map_overwritten_before_backward_is_refused():
-    student, teacher = maps(*SHAPE)
-    value = build()(student.requires_grad_(), teacher)
-    teacher.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
-# --- State ----------------------------------------------------------------------------------------
-
-
-def stateful():
-    loss = build(
-        [build_tokens(seed=1), build_tokens(seed=2, weighted=False)],
-        student_channels=(3, 4),
-        customize_after=1,
-        reduction="sum",
-    )
-    loss.step()
-    return loss
-
-
-def stateful_maps():
-    students = [maps(2, 3, 5, 6)[0], maps(2, 4, 3, 2)[0]]
-    return students, [maps(*SHAPE)[1], maps(2, 4, 3, 2)[1]]
-
-
-def test_state_dict_carries_everything_to_a_fresh_loss():
-    loss = stateful()
-    weighting = {f"tokens.0.prob.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
-    aligning = {f"align.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
-    names = weighting | aligning | {"tokens.0.mask_token", "tokens.1.mask_token", "steps"}
-    assert set(loss.state_dict()) == names
-    fresh = build(
-        [build_tokens(seed=3), build_tokens(seed=4, weighted=False)],
-        student_channels=(3, 4),
-        customize_after=1,
-        reduction="sum",
-    )
-    assert not torch.equal(fresh(*stateful_maps()), loss(*stateful_maps()))
-    fresh.load_state_dict(loss.state_dict())
-    assert torch.equal(fresh(*stateful_maps()), loss(*stateful_maps()))
-    for name in names:
-        state = loss.state_dict()
-        del state[name]
-        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
-            fresh.load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
-def test_copies_are_equal_and_independent(clone):
-    loss = stateful()
-    expected = loss(*stateful_maps())
-    other = clone(loss)
-    assert torch.equal(other(*stateful_maps()), expected)
-    assert repr(other) == repr(loss)
-    assert not any(p.requires_grad for p in other.tokens.parameters())
-    other.steps.zero_()
-    assert not torch.equal(other(*stateful_maps()), expected)
-    assert torch.equal(loss(*stateful_maps()), expected)
-
-
-def test_repr_shows_the_settings():
-    words = "student_channels=(3, 4), customize_after=1, eps=1e-05, reduction='sum'"
-    assert words in repr(stateful())
-    assert "channels=4, num_tokens=3, weighted=False" in repr(stateful())
-
-
 def test_defaults():
     loss = MaskedDistillationLoss(build_tokens())
     assert (loss.customize_after, loss.eps, loss.reduction) == (None, 1e-5, "mean")
@@ -967,50 +756,41 @@ def test_defaults():
 
 # --- Compilation ----------------------------------------------------------------------------------
 
-MAP_SIZES = ((2, 13, 17), (3, 14, 19), (5, 23, 15), (4, 22, 21))
 
-
-def assert_compiles(backend, tolerance, sizes, settings, masked, levels=1):
-    """One compilation for all sizes, also across the threshold of customising."""
-    channels, width = 10, settings.get("student_channels") or 10
-    tokens = [
-        build_tokens(channels, 3, seed=i, weighted=settings.pop("weighted", True))
-        for i in range(levels)
-    ]
-    for module in tokens:
-        module.mask_token.data /= 3
+def assert_compiles(backend, tolerance, settings, masked=False, autocast=False):
+    """One compilation for two sizes, also across the threshold of customising."""
+    settings, channels = dict(settings), 10
+    width = settings.get("student_channels", channels)
+    tokens = build_tokens(channels, 3, weighted=settings.pop("weighted", True))
+    tokens.mask_token.data /= 3
     loss = build(tokens, torch.float32, **settings)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
-    for batch, height, rows in sizes:
-        shapes = [(height + 40 * i, rows + 40 * i) for i in range(levels)]
-        students = [maps(batch, width, *s, dtype=torch.float32)[0] for s in shapes]
-        teachers = [maps(batch, channels, *s, seed=1, dtype=torch.float32)[0] for s in shapes]
-        valid = [some_mask(batch, *s) for s in shapes] if masked else None
+    for batch, *size in ((2, 13, 17), (3, 14, 19)):
+        student = maps(batch, width, *size, dtype=torch.float32)[0]
+        teacher = maps(batch, channels, *size, seed=1, dtype=torch.float32)[0]
+        valid = some_mask(batch, *size) if masked else None
         results = []
         for function in (compiled, loss):
-            leaves = [student.clone().requires_grad_() for student in students]
-            value = function(leaves, teachers, valid_mask=valid)
-            wanted = [*leaves, *(p for p in loss.parameters() if p.requires_grad)]
+            leaf = student.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                value = function(leaf, teacher, valid_mask=valid)
+            wanted = [leaf, *(p for p in loss.parameters() if p.requires_grad)]
             results.append((value.detach(), *torch.autograd.grad(weighted_sum(value), wanted)))
         for ours, eager in zip(*results, strict=True):
+            assert ours.dtype == torch.float32
             assert_close(ours, eager, tolerance)
         loss.step()
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "masked", "levels"),
-    [
-        ({"customize_after": 2, "eps": 0.0}, False, 2),
-        ({"customize_after": 2, "student_channels": 7}, True, 1),
-        ({"weighted": False, "reduction": "none"}, True, 1),
-    ],
-    ids=str,
-)
-def test_compiles_once_for_all_map_sizes_and_steps(settings, masked, levels):
+def test_compiles_once_for_all_map_sizes_and_steps():
+    """More sizes, levels and an alignment are in test_training_loops.py."""
+    aligned = {"student_channels": 7, "weighted": False, "reduction": "none"}
     with fresh_compiler():
-        assert_compiles("aot_eager", 5e-6, MAP_SIZES, dict(settings), masked, levels)
+        assert_compiles("aot_eager", 5e-6, {"customize_after": 1, "eps": 0.0})
+    with fresh_compiler():
+        assert_compiles("aot_eager", 2e-2, aligned, masked=True, autocast=True)
 
 
 @pytest.mark.skipif(
@@ -1019,23 +799,8 @@ def test_compiles_once_for_all_map_sizes_and_steps(settings, masked, levels):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_compiles_once_with_the_default_compiler():
     """With an alignment, which as a convolution would be compiled for each map size."""
-    settings = {"customize_after": 1, "student_channels": 7, "weighted": False}
     with fresh_compiler():
-        assert_compiles("inductor", 1e-5, MAP_SIZES[:2], settings, masked=False)
-
-
-def test_compiles_under_autocast():
-    loss = build(dtype=torch.float32, student_channels=3)
-    student, teacher = (
-        maps(2, 3, 5, 6, dtype=torch.float32)[0],
-        maps(*SHAPE, dtype=torch.float32)[1],
-    )
-    with fresh_compiler(), torch.autocast("cpu", dtype=torch.bfloat16):
-        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-        ours, eager = (measure(function, student, teacher) for function in (compiled, loss))
-    assert ours[0].dtype == ours[1].dtype == torch.float32
-    assert_close(ours[0], eager[0], 1e-2)
-    assert_close(ours[1], eager[1], 2e-2)
+        assert_compiles("inductor", 1e-5, {"student_channels": 7, "weighted": False})
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -1051,19 +816,12 @@ TOKENS = MaskedReceptiveTokens(4, 2)
         (TypeError, "tokens must be a MaskedReceptiveTokens, or a sequence or mapping", [], {}),
         (TypeError, "tokens must be a MaskedReceptiveTokens, or", [TOKENS, None], {}),
         (ValueError, "student_channels must be at least 1; got 0", TOKENS, {"student_channels": 0}),
-        (TypeError, "student_channels must be an int; got 4.0", TOKENS, {"student_channels": 4.0}),
-        (TypeError, "student_channels must be an int; got '8'", TOKENS, {"student_channels": "8"}),
         (ValueError, "one entry per level", [TOKENS] * 2, {"student_channels": (3,)}),
         (TypeError, "student_channels must be an int; got None", TOKENS, {"student_channels": [None]}),
         (ValueError, "customize_after must be at least 0; got -1", TOKENS, {"customize_after": -1}),
-        (TypeError, "customize_after must be an int; got 5.0", TOKENS, {"customize_after": 5.0}),
-        (TypeError, "customize_after must be an int; got True", TOKENS, {"customize_after": True}),
         (ValueError, "eps must be a finite number of at least 0; got -1e-05", TOKENS, {"eps": -1e-5}),
-        (ValueError, "eps must be a finite number", TOKENS, {"eps": math.nan}),
         (ValueError, "eps must be a finite number", TOKENS, {"eps": math.inf}),
-        (TypeError, "eps must be a number; got '0'", TOKENS, {"eps": "0"}),
         (TypeError, "eps must be a number; got None", TOKENS, {"eps": None}),
-        (ValueError, "reduction must be one of .*got 'avg'", TOKENS, {"reduction": "avg"}),
     ],
 )  # fmt: skip
 def test_wrong_settings(error, words, tokens, settings):
@@ -1084,21 +842,12 @@ ALL = torch.ones(2, 3, 5, dtype=torch.bool)
         (ValueError, r"student .* \[B, 4, H, W\].*\(2, 3, 3, 5\).*student_channels",
          MAP[:, 1:], MAP, None),
         (ValueError, r"teacher must have shape \[B, 4, H, W\]", MAP, MAP[:, 1:], None),
-        (ValueError, r"student must have shape .*got \(2, 4, 15\)", MAP.flatten(2), MAP, None),
         (ValueError, r"teacher must have shape .*got \(2, 4, 0, 5\)", MAP, MAP[:, :, :0], None),
-        (TypeError, "student must be float16", MAP.long(), MAP, None),
-        (TypeError, "teacher must be float16", MAP, MAP.int(), None),
-        (TypeError, "student must be a tensor; got int", 1, MAP, None),
         (TypeError, "teacher must be a tensor; got NoneType", MAP, None, None),
         (TypeError, r"student\[0\] must be a tensor; got float", [1.0], MAP, None),
         (ValueError, "student must have one entry per level", [MAP, MAP], MAP, None),
         (ValueError, "teacher must have one entry per level", MAP, (), None),
         (ValueError, "valid_mask must have one entry per level", MAP, MAP, [ALL, ALL]),
-        (TypeError, "valid_mask must be a bool tensor.*got torch.float32", MAP, MAP, ALL.float()),
-        (ValueError, r"shape \(2, 3, 5\); got \(2, 1, 3, 5\)", MAP, MAP, ALL[:, None]),
-        (ValueError, "teacher must be on the student's device, cpu; got meta",
-         MAP, MAP.to("meta"), None),
-        (ValueError, "valid_mask must be on .* cpu; got meta", MAP, MAP, ALL.to("meta")),
     ],
 )  # fmt: skip
 def test_wrong_maps(error, words, student, teacher, mask):
