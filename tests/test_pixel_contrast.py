@@ -393,6 +393,7 @@ def test_invalid_pixels_may_hold_anything(backend, negatives, normalize):
         assert ours[0].isfinite().all()
         assert torch.equal(ours[0], clean[0])
         assert torch.equal(ours[1], clean[1])
+        assert (ours[1][~mask.unsqueeze(1).expand_as(ours[1])] == 0).all()
         dirty = [x.to(device) for x in dirty]
         parts = loss(*dirty, valid_mask=mask.to(device), return_components=True)
         assert all(part.isfinite().all() for part in parts)
@@ -753,6 +754,10 @@ def test_views_of_larger_maps_equal_contiguous_ones(backend, negatives):
             assert_close(ours[1], expected[1], 2e-6)
             mixed = measure(loss, form(student), teacher, wide)
             assert_close(mixed[1], expected[1], 2e-6)
+    student, teacher = (x[..., :1] for x in maps(2, 6, 3, 4))  # a column: pixels are rows apart
+    loss = build(backend, negatives, keys_of(5, 6), reduction="none")
+    expected = measure(loss, student.contiguous(), teacher.contiguous())
+    assert_close(measure(loss, student, teacher)[1], expected[1], 2e-6)
 
 
 # --- Dtypes ---------------------------------------------------------------------------------------
@@ -1267,6 +1272,28 @@ def test_the_registered_operators_keep_pytorchs_rules(backend, masked, reduction
 
 
 # --- The forms of the operator --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_weighted_keys_of_many_blocks_are_rounded_once(backend):
+    """As those of many ranks: the gradient is as exact as that of one block."""
+    device = device_of(backend)
+    student, teacher = (x.to(device, torch.bfloat16) for x in maps(1, 6, 8, 8))
+
+    def blocks(keys, mask):
+        return ((keys[i : i + 1], mask, -i) for i in range(len(keys)))
+
+    def gradient(student, backend, exchange=None):
+        student = student.detach().requires_grad_()
+        loss, _ = contrast.contrast(
+            student, teacher, 1.0, negatives="batch", queue_keys=None, valid_mask=None,
+            normalize=True, reduction="sum", backend=backend, exchange=exchange,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, student)[0].double().cpu()
+
+    exact = gradient(student.double(), "reference")
+    one, many = ((gradient(student, backend, x) - exact).norm() for x in (None, blocks))
+    assert many < 1.2 * one
 
 
 @pytest.mark.parametrize("with_keys", [False, True])

@@ -574,8 +574,9 @@ def test_one_kernel_between_the_products(dtype, masked, offset, subtract_max, le
     )
     monkeypatch.setattr(chunked, "_fused", lambda query: exponentials)
     monkeypatch.setattr(chunked, "_operand_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(chunked, "_CPU_BLOCK", (16, 32))
-    monkeypatch.setattr(chunked, "_CUDA_BLOCK", (16, 32))
+    block = (128, 32) if subtract_max else (16, 32)  # two batch entries, or part of one
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", block)
+    monkeypatch.setattr(chunked, "_CUDA_BLOCK", block)
     scale = torch.tensor(5.0, device=device) if learned else 5.0
     mask = None if mask is None else mask.to(device)
     query, keys = query.to(device), keys.to(device)
