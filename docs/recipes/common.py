@@ -373,15 +373,20 @@ def fit(
     collate: Any = None,
     clip: tuple[Iterable[Tensor], float] | None = None,
     after: Callable[[], None] = lambda: None,
+    extra: Mapping[str, Any] | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
 ) -> bool:
-    """The training loop, with the checkpoint NAME.pt; False where `--stop-after` ended it early."""
+    """The training loop, with the checkpoint NAME.pt; False where `--stop-after` ended it early.
+
+    `after` runs after each step; `extra` is saved and restored with the model.
+    """
     args = run.args
     state = {
         "model": bare(model),
         "optimizer": optimizer,
         "schedule": schedule,
         "scaler": run.scaler,
+        **(extra or {}),
     }
     first = run.load(f"{name}.pt", state)
     last = max(first, min(steps, args.stop_after or steps))

@@ -39,7 +39,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val", default="val2017", help="folder of images and name of the annotations")
     add("--teacher-weights", default="coco", help="coco (torchvision's), a file, or none")
     add("--student", choices=("resnet18", "mobilenet"), default="resnet18")
-    add("--student-weights", default="imagenet", help="of the backbone: imagenet or none")
+    add("--student-weights", default="imagenet", help="of the backbone: imagenet, a file, or none")
     add("--tokens", type=Path, help="learned tokens (an official file too), instead of learning")
     add("--token-steps", type=int, default=2000)
     add("--customize-after", type=int, default=7330, help="steps until the student's masks join")
@@ -123,6 +123,10 @@ def student_network(args: argparse.Namespace, classes: int) -> FasterRCNN:
             backbone_name="mobilenet_v3_large", weights=weights, fpn=True,
             returned_layers=[1, 2, 3, 4], trainable_layers=6 - frozen,
         )  # fmt: skip
+    if args.student_weights not in ("imagenet", "none"):
+        state = load(args.student_weights, "--student-weights")
+        state = {key: state[key] for key in state if not key.startswith("fc.")}
+        backbone.body.load_state_dict(state)
     return FasterRCNN(
         backbone, classes, min_size=args.size[0], max_size=args.size[1],
         box_batch_size_per_image=args.boxes,

@@ -95,7 +95,9 @@ def student_network(args: argparse.Namespace) -> DeepLabV3:
         backbone = models._utils.IntermediateLayerGetter(resnet, layers)
         network = DeepLabV3(backbone, DeepLabHead(512, classes), FCNHead(256, classes))
     if not official and args.student_weights != "none":
-        network.backbone.load_state_dict(load(args.student_weights, "--student-weights"))
+        state = load(args.student_weights, "--student-weights")
+        state = {key: state[key] for key in state if not key.startswith("fc.")}
+        network.backbone.load_state_dict(state)
     return network
 
 
