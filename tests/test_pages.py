@@ -237,6 +237,34 @@ def test_readme_says_how_many_targets_are_missed():
     ).read_text().replace("\n  ", " ")
 
 
+def test_the_comparison_of_losses_shows_what_was_measured():
+    """Beside the squared error's step; and the parameters that the pages speak of."""
+    text = (ROOT / "docs" / "which_loss.md").read_text()
+    trouble = (ROOT / "docs" / "troubleshooting.md").read_text()
+    records = json.loads((ROOT / "benchmarks/results/step_h200_bfloat16.json").read_text())
+    step = {(r["task"], r["provider"]): r for r in records["records"]}
+    for task in ("pcd", "detection-maskd", "segmentation-af_dcd"):
+        base, ours = (step[task, name] for name in ("squared-error", "ours"))
+        extra = 1000 * (ours["seconds"] - base["seconds"])
+        assert f"{extra:.1f} ms of {1000 * ours['seconds']:.1f} ms" in text, task
+        assert ours["peak_bytes"] - base["peak_bytes"] < 2**20, task
+    base, ours = (step["segmentation-maskd", name] for name in ("squared-error", "ours"))
+    assert base["fastest"] < ours["seconds"] < base["slowest"]  # no difference to tell
+
+    def millions(module):
+        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} million"
+
+    with torch.device("meta"):
+        wide = pixdistill.AfDCDLoss(960, 2048)
+        assert millions(pixdistill.PixelHead(512, 4096, 256)) in text
+        assert millions(wide) in text
+        assert millions(pixdistill.AfDCDLoss(256, 512)) in text
+        assert millions(wide.projector) in trouble
+        assert (
+            f"{sum(p.numel() for p in wide.projector.parameters()) * 12 / 2**20:.0f} MiB" in trouble
+        )
+
+
 def test_the_overview_is_drawn(tmp_path):
     picture = tmp_path / "overview.png"
     run("docs/examples/draw_overview.py", "--output", str(picture))

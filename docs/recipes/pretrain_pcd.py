@@ -200,7 +200,9 @@ def draw(run: common.Run, model: Distillation, data: Views, path: Path) -> dict[
         student = F.normalize(model.student(views[:, 0]).float(), dim=1)
     model.train()
     paired, in_both = (part[0] for part in corresponding(maps, places))
-    cells = in_both.flatten(1).float().argmax(dim=1)  # the first that both views show
+    middle = 1 - torch.linspace(-0.9, 0.9, maps.shape[-1], device=maps.device).abs()
+    nearness = in_both * middle[: maps.shape[-2], None] * middle
+    cells = nearness.flatten(1).argmax(dim=1)  # the one nearest to the middle that both views show
     vectors = student.flatten(2)[range(len(cells)), :, cells]
     cosines = torch.einsum("vbdhw,bd->bvhw", maps, vectors).cpu()
     shown = views.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
