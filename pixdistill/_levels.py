@@ -1,6 +1,6 @@
 """Maps and modules of several levels, given as one, as a sequence or as a mapping."""
 
-from collections.abc import Mapping, Sequence, ValuesView
+from collections.abc import Mapping, ValuesView
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ def by_key(levels: Any) -> dict[Any, Any]:
 
 def are_several(levels: Any) -> bool:
     """Whether these are levels of a sequence or mapping, and not a single one."""
-    kinds = (nn.ModuleList, nn.ModuleDict, Mapping, Sequence, ValuesView)
-    return not isinstance(levels, (Tensor, str)) and isinstance(levels, kinds)
+    if isinstance(levels, (nn.ModuleList, nn.ModuleDict, Mapping, ValuesView)):
+        return True
+    return _checks.is_sequence(levels) and not hasattr(levels, "dtype")  # not an array
 
 
 def in_order(name: str, levels: Any, keys: list[Any]) -> list[Any]:

@@ -204,6 +204,7 @@ class AfDCDLoss(nn.Module):
             _checks.map_2d(name, map_, channels, built)
         _checks.same_pixels("student", student, teacher)
         _checks.swapped(student, teacher)
+        _checks.device("AfDCDLoss", next(self.parameters(), student), student)
         pixels = (student.shape[0], *student.shape[2:])
         _checks.mask(valid_mask, pixels, student)
         _checks.mask(drop_mask, pixels, student, name="drop_mask", meaning="set to zero")

@@ -9,7 +9,7 @@ image with channels c and pixels p is
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,9 @@ def masked_distillation_loss(
     _checks.map_2d("teacher", teacher)
     check_level(student, teacher, valid_mask, teacher.shape[1])
     _checks.map_2d("masks", masks)
-    _checks.same_pixels("masks", masks, teacher)
-    _checks.token_weights(weights, masks)
+    _checks.shaped("masks", masks, (len(teacher), "T", *teacher.shape[2:]), teacher)
+    if weights is not None:
+        _checks.shaped("weights", weights, masks.shape[:2], masks)
     return masked_distance(
         student,
         teacher,
@@ -161,9 +162,10 @@ class MaskedDistillationLoss(nn.Module):
         self.student_channels: tuple[int, ...] | None = None
         self.align: nn.ModuleList | nn.ModuleDict | None = None
         if student_channels is not None:
-            if not isinstance(student_channels, (Sequence, Mapping)):
-                student_channels = dict.fromkeys(levels, student_channels)
-            widths = in_order("student_channels", student_channels, list(levels))
+            by_level: Any = student_channels
+            if not are_several(student_channels):
+                by_level = dict.fromkeys(levels, student_channels)
+            widths = in_order("student_channels", by_level, list(levels))
             self.student_channels = tuple(_checks.integer("student_channels", w) for w in widths)
             pairs = zip(self.student_channels, levels.values(), strict=True)
             layers = [_Align(width, level.channels, kernel_size=1) for width, level in pairs]

@@ -86,7 +86,8 @@ def pixel_contrast_loss(
     _checks.rows(student, teacher)
     _checks.mask(valid_mask, student.shape[:-1], student)
     _checks.choice("negatives", negatives, ("batch", None))
-    _checks.keys("queue_keys", queue_keys, student, student.shape[-1])
+    if queue_keys is not None:
+        _checks.shaped("queue_keys", queue_keys, ("K", student.shape[-1]), student)
     if negatives is None and queue_keys is None:
         raise ValueError(
             "queue_keys must be given with negatives=None: there would be no negatives"
@@ -135,7 +136,8 @@ class PixelContrastLoss(nn.Module):
             from rank to rank while the previous ones are used, 2 N D elements.
 
     Shapes: student and teacher `[B, C, *spatial]` with one, two or three spatial axes; project the
-    student to the teacher's channels and size first. `valid_mask` `[B, *spatial]`, True = used.
+    student to the teacher's channels and size first. `valid_mask` `[B, *spatial]`, True = used. The
+    tokens `[B, N, C]` of a ViT would count as N channels: pass them through `tokens_to_map`.
 
     Example:
         >>> loss = PixelContrastLoss(temperature=0.2)
@@ -203,7 +205,8 @@ class PixelContrastLoss(nn.Module):
         _checks.maps(student, teacher)
         _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
         keys = None if self.queue is None else self.queue.keys
-        _checks.keys("the queue's keys", keys, student, student.shape[1])
+        if keys is not None:
+            _checks.shaped("queue.keys", keys, ("K", student.shape[1]), student)
         gathers = self.gather_distributed and world_size() > 1
         loss, metrics = contrast(
             _as_2d(student, 2),

@@ -3,7 +3,10 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import _checks
@@ -85,11 +88,18 @@ def tokens_to_map(tokens: Tensor, grid: Sequence[int], *, prefix_tokens: int = 1
         >>> tokens_to_map(torch.randn(2, 1 + 6 * 8, 48), grid=(6, 8)).shape
         torch.Size([2, 48, 6, 8])
     """
+    grid = _checks.sizes("grid", grid, most=3)
+    prefix_tokens = _checks.integer("prefix_tokens", prefix_tokens, minimum=0)
+    _check_count(tokens, grid, prefix_tokens)
+    return tokens[:, prefix_tokens:].mT.unflatten(2, grid)
+
+
+def _check_count(tokens: Any, grid: tuple[int, ...], prefix_tokens: int) -> None:
+    if isinstance(tokens, torch.fx.Proxy):  # its shape is not known
+        return
     _checks.tensor("tokens", tokens)
     if tokens.dim() != 3:
         raise ValueError(f"tokens must have shape [B, N, C]; got {tuple(tokens.shape)}")
-    grid = _checks.sizes("grid", grid, most=3)
-    prefix_tokens = _checks.integer("prefix_tokens", prefix_tokens, minimum=0)
     patches, count = math.prod(grid), tokens.shape[1]
     if count != prefix_tokens + patches:
         fits = f". prefix_tokens={count - patches} would fit" if count >= patches else ""
@@ -97,7 +107,6 @@ def tokens_to_map(tokens: Tensor, grid: Sequence[int], *, prefix_tokens: int = 1
             f"tokens must hold {prefix_tokens} + {' x '.join(map(str, grid))} = "
             f"{prefix_tokens + patches} tokens; got {count}{fits}"
         )
-    return tokens[:, prefix_tokens:].mT.unflatten(2, grid)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

@@ -13,6 +13,7 @@ summed before they meet the channels, so no tensor has both axes. Masks and weig
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class MaskedReceptiveTokens(nn.Module):
 
     def masks(self, x: Tensor) -> Tensor:
         """`sigmoid(<E_t, x>)` `[B, T, H, W]`, in float32 (float64 for float64)."""
-        _checks.map_2d("x", x, self.channels)
+        self._check(x)
         return operator.token_masks(x, self.mask_token)
 
     def weights(self, x: Tensor, *, valid_mask: Tensor | None = None) -> Tensor:
@@ -85,7 +86,7 @@ class MaskedReceptiveTokens(nn.Module):
 
         `valid_mask` `[B, H, W]` bool leaves out pixels as if the image ended where they begin.
         """
-        _checks.map_2d("x", x, self.channels)
+        self._check(x)
         _checks.mask(valid_mask, x.shape[:1] + x.shape[2:], x)
         if self.prob is None:
             shape = (x.shape[0], self.num_tokens)
@@ -95,7 +96,20 @@ class MaskedReceptiveTokens(nn.Module):
     @property
     def weighting(self) -> tuple[Tensor, ...]:
         """Weight and bias of both convolutions of the token weights; empty when not weighted."""
-        return () if self.prob is None else tuple(self.prob.parameters())
+        _checks.whole("MaskedReceptiveTokens", self.mask_token)
+        if self.prob is None:
+            return ()
+        first: Any = self.prob[0]
+        last: Any = self.prob[2]
+        for name, layer, size in (("prob.0", first, 3), ("prob.2", last, 1)):
+            known = type(layer).forward is nn.Conv2d.forward and layer.bias is not None
+            if not known or layer.kernel_size != (size, size):
+                raise TypeError(
+                    f"{name} must be a {size} x {size} nn.Conv2d with bias, which the weights are "
+                    f"computed from without a call of it; got {type(layer).__name__}"
+                )
+            _checks.whole("MaskedReceptiveTokens", layer.weight)
+        return first.weight, first.bias, last.weight, last.bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The masked map `sum_t w_t m_t x` `[B, C, H, W]` and the diversity term, a scalar.
@@ -103,7 +117,7 @@ class MaskedReceptiveTokens(nn.Module):
         To learn the tokens, minimise the task loss of the frozen teacher's head on the masked map plus
         the diversity. Without weights w is 1, as in the official code. The map has the dtype of `x`.
         """
-        _checks.map_2d("x", x, self.channels)
+        self._check(x)
         x = operator.without_inference(x)  # once for the masks and the product
         masks = operator.token_masks(x, self.mask_token)
         weighted = masks
@@ -111,6 +125,10 @@ class MaskedReceptiveTokens(nn.Module):
             weights = operator.token_weights(x, self.weighting)
             weighted = weights[:, :, None, None] * masks
         return x * weighted.sum(dim=1, keepdim=True).to(x.dtype), _diversity(masks)
+
+    def _check(self, x: Tensor) -> None:
+        _checks.map_2d("x", x, self.channels, module="MaskedReceptiveTokens")
+        _checks.device("MaskedReceptiveTokens", self.mask_token, x, of="map")
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
@@ -226,6 +244,7 @@ def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:
         torch.Size([2, 4, 8, 8])
     """
     _checks.map_2d("x", x)
+    _checks.shaped("mask_token", mask_token, ("T", x.shape[1]), x)
     return operator.token_masks(x, mask_token)
 
 
@@ -249,6 +268,8 @@ def pooled_convolution(
         torch.Size([2, 5])
     """
     _checks.map_2d("x", x)
+    _checks.shaped("weight", weight, ("O", x.shape[1], 3, 3), x)
+    _checks.shaped("bias", bias, weight.shape[:1], x)
     _checks.mask(valid_mask, x.shape[:1] + x.shape[2:], x)
     return operator.pooled_convolution(x, weight, bias, valid_mask=valid_mask)
 

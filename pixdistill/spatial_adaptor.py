@@ -40,7 +40,7 @@ class L2Norm(nn.Module):
 
     def __init__(self, eps: float = 1e-12) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = _checks.nonnegative("eps", eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Unit vectors along the last axis."""
@@ -273,6 +273,8 @@ def _remedy(module: nn.Module, path: str) -> str:
     if not children:
         known = ", ".join(kind.__name__ for kind in KINDS)
         return f"known are {known} and nn.Sequential"
+    if "base_layer" in children:
+        return f"it changes what {path}.base_layer computes; merge it into that first"
     steps = [f"{path}.{name}" for name in children]
     if all(name.isdigit() for name in children):
         steps = [f"*{path}"]
@@ -306,6 +308,7 @@ def _weight_of(layer: Any) -> Tensor:
     for hook in layer._forward_pre_hooks.values():
         if _is_weight_norm(hook, layer):
             return hook.compute_weight(layer)
+    _checks.whole("SpatialAdaptor", layer.weight)
     return layer.weight
 
 

@@ -217,6 +217,19 @@ MODULES = {
 ALL = LOSSES | MODULES
 
 
+class ListLike:
+    """What configuration libraries give for a list: neither a list nor a registered Sequence."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.values[index]
+
+
 # --- Calls ----------------------------------------------------------------------------------------
 
 

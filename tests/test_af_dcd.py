@@ -558,7 +558,8 @@ def test_defaults_are_those_of_cityscapes():
 @each_backend
 def test_a_term_without_weight_is_neither_computed_nor_checked(backend, monkeypatch):
     student, teacher = maps(1, 5, 3, 7)
-    loss = AfDCDLoss(5, 5, contrast_weight=0, projector=nn.Identity(), backend=backend).eval()
+    how = {"contrast_weight": 0, "num_groups": 1, "backend": backend}
+    loss = AfDCDLoss(5, 5, projector=nn.Identity(), **how).eval()
     parts = loss.to(device_of(backend))(
         *(x.to(device_of(backend)) for x in (student, teacher)), return_components=True
     )

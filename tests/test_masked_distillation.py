@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import ListLike
 from helpers import (
     BACKENDS,
     LargestTensor,
@@ -846,6 +847,7 @@ ALL = torch.ones(2, 3, 5, dtype=torch.bool)
         (TypeError, "teacher must be a tensor; got NoneType", MAP, None, None),
         (TypeError, r"student\[0\] must be a tensor; got float", [1.0], MAP, None),
         (ValueError, "student must have one entry per level", [MAP, MAP], MAP, None),
+        (ValueError, r"teacher must have shape \[B, 4, H, W\]", MAP[:, :0], MAP[:, :0], None),
         (ValueError, "teacher must have one entry per level", MAP, (), None),
         (ValueError, "valid_mask must have one entry per level", MAP, MAP, [ALL, ALL]),
     ],
@@ -885,10 +887,10 @@ MASKS = torch.rand(2, 3, 3, 5)
     [
         (ValueError, r"student must have shape \[B, 3, H, W\]", {"teacher": MAP[:, 1:]}),
         (ValueError, r"student must have shape \[2, any, 3, 4\]", {"teacher": MAP[..., 1:]}),
-        (ValueError, r"masks must have shape \[2, any, 3, 5\]", {"masks": MASKS[..., 1:]}),
+        (ValueError, r"masks must have shape \[2, T, 3, 5\]", {"masks": MASKS[..., 1:]}),
         (ValueError, r"masks must have shape \[B, C, H, W\]", {"masks": MASKS[0]}),
         (TypeError, "masks must be float16", {"masks": MASKS > 0}),
-        (ValueError, r"weights must have shape \[B, T\], \(2, 3\); got", {"weights": torch.ones(3)}),
+        (ValueError, r"weights must have shape \[2, 3\]; got", {"weights": torch.ones(3)}),
         (TypeError, "weights must be a tensor; got float", {"weights": 1.0}),
         (TypeError, "weights must be float16", {"weights": torch.ones(2, 3).int()}),
         (ValueError, "weights must be on .* cpu; got meta", {"weights": torch.ones(2, 3).to("meta")}),
@@ -912,7 +914,15 @@ def named_problem():
     return tokens, {k: s for k, (s, _) in pairs.items()}, {k: t for k, (_, t) in pairs.items()}
 
 
-@pytest.mark.parametrize("container", [dict, torch.nn.ModuleDict, lambda d: list(d.values())])
+@pytest.mark.parametrize(
+    "container",
+    [
+        dict,
+        torch.nn.ModuleDict,
+        lambda d: list(d.values()),
+        lambda d: ListLike(*d.values()),
+    ],
+)
 def test_levels_may_be_mappings(container):
     """In any order; tokens without names follow the teacher's order."""
     tokens, students, teachers = named_problem()
@@ -922,13 +932,14 @@ def test_levels_may_be_mappings(container):
     valid = {name: some_mask(2, *size) for name, size in NAMED.items()}
     parts = loss(turned, teachers, valid_mask=valid, return_components=True)
     by_index = build(list(tokens.values()))(
-        list(students.values()), list(teachers.values()), valid_mask=list(valid.values())
+        ListLike(*students.values()), list(teachers.values()), valid_mask=ListLike(*valid.values())
     )
     assert_close(parts.loss, by_index, 1e-13)
 
 
 def test_settings_and_errors_of_named_levels():
     tokens, students, teachers = named_problem()
+    assert build(list(tokens.values()), student_channels=ListLike(4, 5)).student_channels == (4, 5)
     loss = build(tokens, student_channels={"p4": 5, "p3": 4})
     assert loss.student_channels == (4, 5)
     assert {name: layer.in_channels for name, layer in loss.align.items()} == {"p3": 4, "p4": 5}

@@ -1353,7 +1353,7 @@ def test_wrong_settings(error, words, settings):
 
 def test_wrong_width_of_the_queue():
     loss = PixelContrastLoss(negatives=None, queue=PixelQueue(4, 5))
-    with pytest.raises(ValueError, match=r"queue's keys must have shape \[K, 6\].*got \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"queue.keys must have shape \[K, 6\].*got \(4, 5\)"):
         loss(*maps(2, 6, 3, 4))
 
 

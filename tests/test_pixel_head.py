@@ -201,6 +201,18 @@ def test_a_vit_teacher_goes_through_the_adaptor():
     assert_close(out.mean((2, 3)), head(tokens[:, 1:].mean(1)), 1e-13)
 
 
+def test_torch_fx_traces_tokens_to_map():
+    """In a ViT's forward, of which a feature extractor is made."""
+
+    class Backbone(nn.Module):
+        def forward(self, tokens):
+            return tokens_to_map(tokens, (2, 3))
+
+    tokens = random(2, 7, 4)
+    traced = torch.fx.symbolic_trace(Backbone())
+    assert torch.equal(traced(tokens), tokens_to_map(tokens, (2, 3)))
+
+
 def test_tokens_to_map_compiles_once():
     with fresh_compiler():
         counter = CompileCounterWithBackend("eager")

@@ -16,6 +16,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pixdistill import MaskedReceptiveTokens, functional, receptive_tokens
@@ -238,6 +239,32 @@ def test_the_convolution_is_never_run():
     tokens.prob.forward = None
     tokens.weights(x)
     tokens(x)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_replaced_convolution_is_read_or_refused(layer):
+    """It is not called, so it must be a convolution; a parametrized one is."""
+    tokens, x = build(dtype=torch.float32), a_map(2, 4, 5, 6).float()
+    torch.nn.utils.parametrizations.weight_norm(tokens.prob[layer])
+    with torch.no_grad():
+        tokens.prob[layer].parametrizations.weight.original0.mul_(3)
+    assert_close(tokens.weights(x), tokens.prob(x).flatten(1).softmax(1), 1e-6)
+    wrong = (nn.Conv2d(4, 4, 5, padding=2), nn.Conv2d(4, 4, 3 - layer, bias=False))
+    for other in (*wrong, nn.Sequential(tokens.prob[layer], nn.ReLU())):
+        tokens.prob[layer] = other
+        with pytest.raises(TypeError, match=rf"prob.{layer} must be .* nn.Conv2d with bias"):
+            tokens.weights(x)
+
+
+def test_vmap_keeps_the_gradient_of_the_map():
+    tokens, x = build(), a_map(3, 2, 4, 5, 6).requires_grad_()
+    for function in (tokens.masks, tokens.weights, lambda one: tokens(one)[0]):
+        cotangent = torch.linspace(-1, 1, function(x[0]).numel(), dtype=x.dtype)
+        (looped,) = torch.autograd.grad(
+            sum(function(one).flatten() @ cotangent for one in x), x, retain_graph=True
+        )
+        mapped = torch.func.vmap(function)(x).flatten(1) @ cotangent
+        assert_close(torch.autograd.grad(mapped.sum(), x)[0], looped, 1e-12)
 
 
 # --- Properties -----------------------------------------------------------------------------------

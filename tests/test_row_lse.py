@@ -2,8 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     BACKENDS,
     assert_close,
@@ -767,19 +769,19 @@ META_MASK = torch.ones(5, dtype=torch.bool, device="meta")
             (Q, K.expand(3, *K.shape), 1.0),
             {"key_mask": torch.ones(2, 5).bool()},
         ),
-        (ValueError, "width of 1 to 8192", (Q[:, :0], K[:, :0], 1.0), {}),
-        (ValueError, "width of 1 to 8192", (torch.zeros(1, 8193), torch.zeros(1, 8193), 1.0), {}),
-        (ValueError, "keys must be on query's device", (Q, K.to("meta"), 1.0), {}),
+        (ValueError, "width, their last axis, of at least 1", (Q[:, :0], K[:, :0], 1.0), {}),
+        (ValueError, "keys must be on the query's device", (Q, K.to("meta"), 1.0), {}),
         (TypeError, "scale must be a number", (Q, K, "5"), {}),
         (TypeError, "scale must be a number", (Q, K, True), {}),
         (ValueError, "scale must be a number, or one", (Q, K, torch.ones(2)), {}),
         (ValueError, "scale must be a number, or one", (Q, K, torch.ones((), device="meta")), {}),
         (TypeError, "key_mask must be a bool tensor", (Q, K, 1.0), {"key_mask": torch.ones(5)}),
         (TypeError, "key_mask must be a bool tensor", (Q, K, 1.0), {"key_mask": [True] * 5}),
-        (ValueError, "one entry a key, 5; got 4", (Q, K, 1.0), {"key_mask": torch.ones(4).bool()}),
+        (ValueError, "one entry per key, 5; got 4", (Q, K, 1.0), {"key_mask": torch.ones(4).bool()}),
         (ValueError, "key_mask must be .* on query's device", (Q, K, 1.0), {"key_mask": META_MASK}),
         (TypeError, "exclude_offset must be an int", (Q, K, 1.0), {"exclude_offset": 1.5}),
         (TypeError, "exclude_offset must be an int", (Q, K, 1.0), {"exclude_offset": True}),
+        (TypeError, "logit_bound must be a number", (Q, K, 1.0), {"logit_bound": "1"}),
         (ValueError, "logit_bound must be", (Q, K, 1.0), {"logit_bound": -1.0}),
         (ValueError, "logit_bound must be", (Q, K, 1.0), {"logit_bound": float("nan")}),
         (ValueError, "backend must be one of", (Q, K, 1.0), {"backend": "cuda"}),
@@ -788,6 +790,20 @@ META_MASK = torch.ones(5, dtype=torch.bool, device="meta")
 def test_wrong_arguments(error, words, arguments, options):
     with pytest.raises(error, match=words):
         row_lse(*arguments, **options)
+
+
+def test_numbers_may_be_of_numpy():
+    plainly = row_lse(Q, K, 0.5, exclude_offset=1, logit_bound=50.0)
+    options = {"exclude_offset": np.int64(1), "logit_bound": np.float32(50)}
+    assert torch.equal(row_lse(Q, K, np.float32(0.5), **options), plainly)
+
+
+def test_features_of_any_width():
+    """Such as the 65,536 prototypes of a DINO head."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys = (F.normalize(torch.randn(n, 65536, generator=generator)) for n in (3, 5))
+    ours = row_lse(query.requires_grad_(), keys, 5.0)
+    assert_close(ours, (5 * query.double() @ keys.double().mT).logsumexp(1), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,9 @@ def test_l2_norm_keeps_its_epsilon(eps, size):
     x = maps(2, 4, 3, seed=1) * size
     layer = L2Norm(eps)
     assert torch.equal(layer(pooled(x)), F.normalize(pooled(x), dim=-1, eps=eps))
+    for wrong in ("small", -eps):
+        with pytest.raises((TypeError, ValueError), match="eps must be a"):
+            L2Norm(wrong)
     assert_close(SpatialAdaptor(nn.Sequential(layer))(x), pixelwise([layer], x), 1e-12)
     assert identity_error(SpatialAdaptor(nn.Sequential(layer)), layer, x) < 1e-15
 
@@ -529,6 +532,15 @@ class Twofold(nn.Module):
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
 
 
+class AddsTo(nn.Module):
+    """A layer with a low-rank update beside it, by the name that it has in PEFT."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.Linear(4, 4)
+
+
 def with_hook(layer, kind="forward_hook"):
     getattr(layer, f"register_{kind}")(lambda *arguments: None)
     return layer
@@ -568,6 +580,10 @@ UNKNOWN = [
     ),
     (lambda: compiled(nn.Linear(4, 4)), "it wraps another module; pass HEAD._orig_mod"),
     (lambda: nn.DataParallel(nn.Linear(4, 4)), "it wraps another module; pass HEAD.module"),
+    (
+        lambda: AddsTo(nn.Linear(4, 4)),
+        "it changes what HEAD.base_layer computes; merge it into that first",
+    ),
     (lambda: nn.BatchNorm1d(4, track_running_stats=False), "it has no running statistics"),
     (lambda: nn.SyncBatchNorm(4, track_running_stats=False), "it has no running statistics"),
     (lambda: nn.LayerNorm((4, 2)), "it normalises over more than the channels"),

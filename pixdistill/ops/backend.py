@@ -24,8 +24,10 @@ def choose(backend: Backend, device: torch.device, why_not_triton: str | None) -
     """The form that runs for "auto", "triton" or "torch".
 
     "auto" takes Triton on a GPU where nothing stands against it. Triton's interpreter on a CPU is
-    slow, so it runs only when asked for.
+    slow, so it runs only when asked for. Where tensors have shapes only, no kernel can run.
     """
+    if device.type == "meta":
+        return "torch"
     if backend == "triton":
         if why_not_triton is not None:
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import detached, no_autocast, sum_dtype
+from ..backend import no_autocast, sum_dtype
 
 
 class Masks(NamedTuple):
@@ -73,7 +73,10 @@ def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:
 
 def without_inference(x: Tensor) -> Tensor:
     """The map with its graph; a copy where it was created in inference mode, see `detached`."""
-    return x if x.requires_grad else detached(x)
+    # vmap hides whether a tensor requires a gradient, so that is not asked.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def token_weights(

@@ -47,7 +47,11 @@ class Settings(NamedTuple):
             _checks.choice("backend", self.backend, BACKENDS),
         )
         groups, patch, _, _, negatives = settings.patch
-        if groups > 1 or (patch != (1, 1) and negatives == "all_others"):
+        if (
+            not settings.has_contrast
+            or groups > 1
+            or (patch != (1, 1) and negatives == "all_others")
+        ):
             return settings
         if self.contrast == "spatial":
             raise ValueError(

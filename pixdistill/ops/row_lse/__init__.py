@@ -60,7 +60,7 @@ def row_lse(
     logarithm; -inf, with a zero gradient, for a query that sees no key.
 
     Args:
-        query: `[..., N, D]`, N >= 0, 1 <= D <= 8192. Matrix products run in the query's dtype, or in
+        query: `[..., N, D]`, N >= 0, D >= 1. Matrix products run in the query's dtype, or in
             the autocast dtype under autocast.
         keys: `[..., M, D]`, M >= 0. Batch axes broadcast against those of `query`. Keys that the
             whole batch shares are not copied for it. Keys of another dtype than the query's are
@@ -113,7 +113,9 @@ def row_lse_and_max(
     with_max: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """`row_lse`, and in the same pass the largest logit `[..., N]` of each query, without gradient."""
-    check(query, keys, scale, key_mask, exclude_offset, logit_bound, backend)
+    scale, exclude_offset, logit_bound = check(
+        query, keys, scale, key_mask, exclude_offset, logit_bound, backend
+    )
     query = query.to(operand_dtype(query))
     if backend == "reference":
         lse, max_logit = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
@@ -122,7 +124,7 @@ def row_lse_and_max(
     refuse_transforms("row_lse", query, keys)
     query, keys, key_mask = _same_batch(query, keys, key_mask)
     learned = scale.reshape(()).to(sum_dtype(query)) if isinstance(scale, Tensor) else None
-    number = None if isinstance(scale, Tensor) else float(scale)
+    number = None if isinstance(scale, Tensor) else scale
     needs_grad = torch.is_grad_enabled() and (
         query.requires_grad or (learned is not None and learned.requires_grad)
     )

@@ -8,8 +8,6 @@ from torch import Tensor
 from ... import _checks
 from ..backend import BACKENDS
 
-MAX_WIDTH = 8192
-
 
 def check(
     query: Any,
@@ -19,19 +17,17 @@ def check(
     exclude_offset: Any,
     logit_bound: Any,
     backend: Any,
-) -> None:
+) -> tuple[float | Tensor, int | None, float | None]:
+    """Raise where an argument does not fit; returns the three numbers as plain ones."""
     for name, tensor in (("query", query), ("keys", keys)):
         _checks.floating(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have shape [..., rows, D]; got {tuple(tensor.shape)}")
-        if tensor.device != query.device:
-            raise ValueError(
-                f"keys must be on query's device, {query.device}; got {tensor.device}. Move it."
-            )
+        _checks.device(name, tensor, query, of="query")
     width = query.shape[-1]
-    if keys.shape[-1] != width or not 1 <= width <= MAX_WIDTH:
+    if keys.shape[-1] != width or width < 1:
         raise ValueError(
-            f"query and keys must share a feature width of 1 to {MAX_WIDTH}; "
+            "query and keys must share a feature width, their last axis, of at least 1; "
             f"got {tuple(query.shape)} and {tuple(keys.shape)}"
         )
     if key_mask is not None:
@@ -45,7 +41,7 @@ def check(
             )
         if key_mask.shape[-1] != keys.shape[-2]:
             raise ValueError(
-                f"key_mask must have one entry a key, {keys.shape[-2]}; got {key_mask.shape[-1]}"
+                f"key_mask must have one entry per key, {keys.shape[-2]}; got {key_mask.shape[-1]}"
             )
     batches = [query.shape[:-2], keys.shape[:-2]]
     if key_mask is not None:
@@ -63,13 +59,13 @@ def check(
                 f"scale must be a number, or one floating-point element on {query.device}; "
                 f"got {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
             )
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number or a tensor; got {type(scale).__name__}")
-    if exclude_offset is not None and (
-        isinstance(exclude_offset, bool) or not isinstance(exclude_offset, (int, torch.SymInt))
-    ):
-        raise TypeError(f"exclude_offset must be an int or None; got {exclude_offset!r}")
-    if logit_bound is not None and not logit_bound >= 0:
-        raise ValueError(f"logit_bound must be a number >= 0 or None; got {logit_bound!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
+    else:
+        scale = _checks.number("scale", scale)
+    if exclude_offset is not None and not isinstance(exclude_offset, torch.SymInt):
+        exclude_offset = _checks.index("exclude_offset", exclude_offset, "an int or None")
+    if logit_bound is not None:
+        logit_bound = _checks.number("logit_bound", logit_bound)
+        if not logit_bound >= 0:
+            raise ValueError(f"logit_bound must be a number >= 0 or None; got {logit_bound!r}")
+    _checks.choice("backend", backend, BACKENDS)
+    return scale, exclude_offset, logit_bound

@@ -1,5 +1,7 @@
 """The dense oracle of `row_lse`: a few lines of autograd PyTorch that store the N x M logits."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,10 @@ def row_lse(
 ) -> tuple[Tensor, Tensor]:
     """`(scale * query @ keys.mT).logsumexp(-1)` and `.amax(-1)` over the keys that each row may see."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    with torch.autocast(query.device.type, enabled=False):
+    autocast: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not query.is_meta:  # which PyTorch has no autocast for
+        autocast = torch.autocast(query.device.type, enabled=False)
+    with autocast:
         logits = scale * (query.to(dtype) @ keys.to(dtype).mT)  # [..., N, M]
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask.unsqueeze(-2), -torch.inf)
