@@ -140,7 +140,7 @@ def test_equals_dense_truth(batch, size, heads, position, stride, seed, dtype, t
 
 
 @all_positions
-@strides
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_stays_within_twice_plain_pytorch(position, stride, dtype, autocast):
@@ -343,18 +343,17 @@ def test_compiles_once_for_all_map_sizes():
     with fresh_compiler():
         counter, frames = CompileCounterWithBackend("aot_eager"), []
         compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=counter)
-        for size in ((2, 9, 12), (3, 5, 7), (2, 13, 6), (4, 8, 8), (3, 16, 17)):
+        for size in ((2, 9, 12), (3, 5, 7), (4, 8, 8)):
             x = feature_map(size[0], 16, *size[1:])
             ours = measure(compiled, plugin, x)
             assert_same(ours, measure(forward, plugin, x), 1e-2)
             frames.append(counter.frame_count)
-    assert frames == frames[:1] * 5
+    assert frames == frames[:1] * 3
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_a_plugged_network_exports_with_dynamic_sizes(stride):
+def test_a_plugged_network_exports_with_dynamic_sizes():
     network = student().eval()
-    plug(network, "stem", build(position="relative", key_stride=stride))
+    plug(network, "stem", build(position="relative", key_stride=3))
     dynamic = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
     example = (feature_map(3, 3, 11, 13),)
     program = torch.export.export(network, example, dynamic_shapes=(dynamic,))
@@ -678,11 +677,17 @@ def compiled_in_place(network):
     return network
 
 
-OPEN = [compiled, compiled_in_place, Forwarding, nn.DataParallel, lambda n: compiled(Forwarding(n))]
-
-
-@pytest.mark.parametrize("wrap", OPEN)
-@pytest.mark.parametrize("name", ["stem", "stem.0", "blocks.1"])
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (compiled, "stem"),
+        (compiled, "blocks.1"),
+        (compiled_in_place, "stem.0"),
+        (Forwarding, "blocks.1"),
+        (nn.DataParallel, "stem.0"),
+        (lambda n: compiled(Forwarding(n)), "stem"),
+    ],
+)
 def test_a_plugin_acts_through_wrappers_also_in_compiled_code(wrap, name):
     network, images, plugin = student().eval(), feature_map(2, 3, 8, 8), build()
     before = network(images)

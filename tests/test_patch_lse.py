@@ -139,10 +139,8 @@ def test_equals_explicit_loops(case, distance, negatives, masked):
         margin, grad = call(backend, student, teacher, **how)
         assert margin.dtype == grad.dtype == torch.float32
         assert_same((margin, grad), truth)
-    student, teacher = student.double(), teacher.double()
-    truth = differentiate(loops, student, teacher, **how)
     for backend in EXACT:
-        margin, grad = call(backend, student, teacher, **how)
+        margin, grad = call(backend, student.double(), teacher.double(), **how)
         assert margin.dtype == grad.dtype == torch.float64
         assert_same((margin, grad), truth, 1e-13)
 
@@ -178,7 +176,7 @@ ALWAYS, NEVER = 0, 2**62  # how many pairs there must be to one near pair
 
 
 @pytest.mark.parametrize("few", [ALWAYS, chunked._FEW, NEVER])
-@pytest.mark.parametrize("pairs", [3, 40, 100, 700, 10**6])
+@pytest.mark.parametrize("pairs", [3, 100, 10**6])
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_and_near_pairs_join_exactly(few, pairs, masked, monkeypatch):
     """Some rows of a patch, some patches of a row, some rows of patches, some images at a time.
@@ -189,7 +187,8 @@ def test_blocks_and_near_pairs_join_exactly(few, pairs, masked, monkeypatch):
         student, teacher = maps(*shape, dtype=torch.float64)
         teacher[-1, :, -1, -1] = student[-1, :, 0, 0]
         mask = some_mask(shape[0], *shape[2:]) if masked else None
-        for distance, negatives, tau in itertools.product(DISTANCES, NEGATIVES, (0.05, 2.0)):
+        for i, (distance, negatives) in enumerate(itertools.product(DISTANCES, NEGATIVES)):
+            tau = (0.05, 2.0, 2.0, 0.05)[i]
             how = options(groups, patch, tau, distance=distance, negatives=negatives)
             how["valid_mask"] = mask
             truth = call("reference", student, teacher, **how)

@@ -686,29 +686,21 @@ CALL = "x must have shape [B, 4, *spatial] with one to three axes of at least 1;
 
 
 @pytest.mark.parametrize(
-    ("error", "words", "x"),
+    ("words", "x"),
     [
-        (TypeError, "x must be a tensor; got list", [[[1.0]]]),
-        (TypeError, "x must be float16, bfloat16, float32 or float64; got torch.int64. Convert it, "
-         "for example x.float().", torch.ones(2, 4, 3).long()),
-        (TypeError, "got torch.float8_e4m3fn. Convert it, for example x.float().",
-         torch.ones(2, 4, 3).to(torch.float8_e4m3fn)),
-        (TypeError, "Pass one of its maps, such as x['out'].", {"out": torch.ones(2, 4, 3)}),
-        (ValueError, f"{CALL}(2, 4).", torch.ones(2, 4)),
-        (ValueError, f"{CALL}(2, 4, 1, 1, 1, 1).", torch.ones(2, 4, 1, 1, 1, 1)),
-        (ValueError, f"{CALL}(2, 5, 3, 3).", torch.ones(2, 5, 3, 3)),
-        (ValueError, f"{CALL}(2, 4, 3, 0).", torch.ones(2, 4, 3, 0)),
-        (ValueError, f"{CALL}(2, 9, 4). For the tokens of a ViT, use tokens_to_map(x, grid=(H, W)).",
+        (f"{CALL}(2, 4).", torch.ones(2, 4)),
+        (f"{CALL}(2, 4, 1, 1, 1, 1).", torch.ones(2, 4, 1, 1, 1, 1)),
+        (f"{CALL}(2, 5, 3, 3).", torch.ones(2, 5, 3, 3)),
+        (f"{CALL}(2, 4, 3, 0).", torch.ones(2, 4, 3, 0)),
+        (f"{CALL}(2, 9, 4). For the tokens of a ViT, use tokens_to_map(x, grid=(H, W)).",
          torch.ones(2, 9, 4)),
-        (ValueError, f"{CALL}(2, 3, 3, 4). For a channels-last map, write x.permute(0, 3, 1, 2).",
-         torch.ones(2, 3, 3, 4)),
-        (ValueError, "write x.permute(0, 4, 1, 2, 3).", torch.ones(2, 3, 3, 3, 4)),
+        ("write x.permute(0, 4, 1, 2, 3).", torch.ones(2, 3, 3, 3, 4)),
     ],
 )  # fmt: skip
-def test_wrong_maps(error, words, x):
+def test_wrong_maps(words, x):
     head = nn.Sequential(nn.Dropout(), nn.Linear(4, 2))
     for adaptor in (SpatialAdaptor(head), SpatialAdaptor(head, trainable=True)):
-        with pytest.raises(error, match=re.escape(words) + "$"):
+        with pytest.raises(ValueError, match=re.escape(words) + "$"):
             adaptor(x)
     with pytest.raises(ValueError, match=re.escape("x must have shape [B, C, *spatial] with one")):
         SpatialAdaptor(nn.Sequential(nn.ReLU()))(torch.ones(2, 4))
@@ -790,7 +782,7 @@ KINKED = ("linear", "synchronised batch norm", "relu", "linear", "leaky relu", "
 
 
 @pytest.mark.parametrize("names", [SMOOTH, KINKED], ids=["smooth", "kinked"])
-@pytest.mark.parametrize("spatial", [(2, 3), (3,), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("spatial", [(2, 3), (1, 2, 1)], ids=str)
 def test_gradients_of_input_and_parameters(names, spatial):
     built = assemble([(name, 4) for name in names], 3, seed=1, nested=True)
     adaptor = built.adaptor(trainable=True)
@@ -989,8 +981,10 @@ def test_channels_last_is_kept(name, autocast):
 # --- torch.compile and torch.export ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@some_heads
+@pytest.mark.parametrize(
+    ("name", "autocast"),
+    [("mocov3_vit", False), ("ibot_ln", True), ("dino", False), ("dino_parametrized", True)],
+)
 def test_compiles_once_for_all_map_sizes(name, autocast):
     built = build(name, torch.float32)
     adaptor = built.adaptor()
@@ -1005,9 +999,8 @@ def test_compiles_once_for_all_map_sizes(name, autocast):
 
 
 @not_in_torch_2_6("export fixes a size")
-@pytest.mark.parametrize("name", ["mocov3_vit", "dino"])
-def test_exports_with_dynamic_sizes(name):
-    built = build(name, torch.float32)
+def test_exports_with_dynamic_sizes():
+    built = build("dino", torch.float32)
     adaptor = built.adaptor()
     sizes = [{0: torch.export.Dim("b", min=1, max=64), 2: torch.export.Dim("h", min=2, max=512)}]
     program = torch.export.export(
