@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, assert_close, python_blocks, run
+from helpers import ROOT, assert_close, fresh_compiler, python_blocks, run
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 MISSING = [name for name in ("torchvision", "timm", "PIL", "tqdm") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -458,12 +459,34 @@ def test_a_run_resumed_in_the_middle_has_the_same_numbers(made, tmp_path):
         assert (whole / name).stat().st_size > 5_000
 
 
-def test_the_backbone_loads_into_torchvision(made, tmp_path):
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """A run in float32."""
+    output = tmp_path_factory.mktemp("trained")
+    recipe("pretrain_pcd").main([*made, "--output", str(output), "--amp", "none"])
+    return output
+
+
+def test_a_compiled_run_has_the_same_numbers(made, trained, tmp_path, monkeypatch):
+    """By AOTAutograd, without the C++ compiler, which takes minutes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    options = [*made, "--amp", "none", "--compile", "--stop-after", "2"]
+    with fresh_compiler():
+        recipe("pretrain_pcd").main([*options, "--output", str(tmp_path)])
+    logs = [
+        (folder / "student.csv").read_text().splitlines()[1:3] for folder in (trained, tmp_path)
+    ]
+    plain, compiled = ([[float(x) for x in row.split(",")[:5]] for row in log] for log in logs)
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count >= 2  # teacher and student
+
+
+def test_the_backbone_loads_into_torchvision(trained):
     """Strictly, into resnet18 and into Faster R-CNN's backbone, by the page's two functions."""
     from torchvision.models import resnet18
 
-    recipe("pretrain_pcd").main([*made, "--output", str(tmp_path), "--amp", "none"])
-    file = tmp_path / "backbone.pth"
+    file = trained / "backbone.pth"
     saved = torch.load(file, weights_only=True)
     without = {key: value for key, value in saved.items() if not key.startswith("fc.")}
     page = {}
@@ -475,7 +498,7 @@ def test_the_backbone_loads_into_torchvision(made, tmp_path):
         shared = [key for key in without if key in state]
         assert len(shared) > 90
         assert all(torch.equal(state[key], saved[key]) for key in shared)
-    student = part(checkpoint(tmp_path)["model"], "student.trunk.")
+    student = part(checkpoint(trained)["model"], "student.trunk.")
     for key, value in without.items():
         assert torch.equal(value, student[key.replace("layer4.", "layer4.module.")]), key
     torch.manual_seed(0)
