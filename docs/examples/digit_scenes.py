@@ -44,9 +44,8 @@ def load_splits() -> dict[str, Labelled]:
     return {name: Labelled(images[part], labels[part]) for name, part in parts.items()}
 
 
-def place_layers(count: int, generator: torch.Generator) -> Tensor:
+def place_layers(count: int, layers: int, generator: torch.Generator) -> Tensor:
     """Draw affine maps [count, layers, 2, 3] from the scene to each layer's glyph."""
-    layers = FRAGMENTS + DIGITS
     # On a jittered 3x3 grid digits overlap but seldom hide each other.
     cells = torch.rand(count, 9, generator=generator).argsort(1)[:, :layers]
     centres = torch.stack([cells % 3, cells // 3], dim=2) * 0.6 - 0.6
@@ -58,16 +57,24 @@ def place_layers(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([rotation, -rotation @ centres.unsqueeze(3)], dim=3)
 
 
-def draw_scenes(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
-    """Draw digits over fragments of digits over noise; later layers hide earlier ones."""
-    layers = FRAGMENTS + DIGITS
-    pick = torch.randint(len(digits.labels), (count, layers), generator=generator)
+def draw_scenes(
+    digits: Labelled, count: int, generator: torch.Generator, pick: Tensor | None = None
+) -> Labelled:
+    """Draw digits over fragments of digits over noise; later layers hide earlier ones.
+
+    `pick` [count, layers] chooses the digits, those of two fragments first; the default is random,
+    with five digits.
+    """
+    if pick is None:
+        size = count, FRAGMENTS + DIGITS
+        pick = torch.randint(len(digits.labels), size, generator=generator)
+    layers = pick.shape[1]
     glyphs, classes = digits.images[pick], digits.labels[pick]
     # Swapping the quarters of a digit leaves strokes that are not a digit.
     glyphs[:, :FRAGMENTS] = glyphs[:, :FRAGMENTS].roll((GLYPH // 2, GLYPH // 2), dims=(2, 3))
     classes[:, :FRAGMENTS] = BACKGROUND
 
-    theta = place_layers(count, generator).flatten(0, 1)
+    theta = place_layers(count, layers, generator).flatten(0, 1)
     grid = F.affine_grid(theta, [count * layers, 1, SCENE, SCENE], align_corners=False)
     ink = F.grid_sample(glyphs.flatten(0, 1).unsqueeze(1), grid, align_corners=False)
     cover = ((ink - 0.3) * 5).clamp(0, 1).view(count, layers, SCENE, SCENE)

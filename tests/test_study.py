@@ -1,0 +1,73 @@
+"""docs/examples/study.py runs, goes on where it was killed, and its intervals are Student's."""
+
+import json
+import math
+import sys
+
+import pytest
+from helpers import ROOT, run
+
+sys.path.insert(0, str(ROOT / "docs/examples"))
+
+# Few arms: one of each kind.
+CODE = """
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, "docs/examples")
+import study
+
+study.QUICK = study.Sizes(
+    seeds=2, budgets=(1, 2), trial_steps=1, scenes=16, labels=(4, 8), unlabelled=16,
+    pretrain_steps=1, tune_steps=1, test_scenes=16, teacher_scenes=32, teacher_steps=1,
+    mask_steps=1, whole_images=32, whole_steps=1,
+)
+study.PARTS["budget"] = ["alone", "kl", "mse", "maskd", "maskd+kl"]
+study.PARTS["few-labels"] = ["scratch", "pooled", "pcd"]
+options = ["budget", "few-labels", "--quick", "--workers", "1", "--output", sys.argv[1]]
+first = study.main(options)
+
+# A killed study: the last records are lost.
+file = Path(sys.argv[1]) / "results.json"
+file.write_text(json.dumps({**first, "records": first["records"][:-3]}))
+again = study.main(options)
+for one in (first, again):
+    one["records"].sort(key=lambda record: record["key"])
+print("the same" if json.loads(json.dumps(first)) == json.loads(json.dumps(again)) else "other")
+"""
+
+
+def test_study_smoke(tmp_path):
+    """Four trials per arm with one seed on validation digits, then every seed on test digits."""
+    out = run("-c", CODE, str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    tried = [record for record in results["records"] if record["split"] == "validation"]
+    assert len(tried) == 4 * 8
+    assert {record["seed"] for record in tried} == {1000}
+    kept = [record for record in results["records"] if record["split"] == "test"]
+    assert len(kept) == 2 * (5 * 2 + 3)
+    assert out.count("minus student alone") == out.count("minus from scratch") == 2
+    for part in ("budget", "few-labels"):
+        assert (tmp_path / f"{part}.png").stat().st_size > 20_000
+    for record in kept:  # what is chosen is the best trial of its arm
+        arm = [r for r in tried if r["arm"] == record["arm"]]
+        best = max(arm, key=lambda r: sum(r["scores"].values()))
+        assert record["settings"] == best["settings"]
+
+    assert out.splitlines()[-1] == "the same"  # after a kill
+
+
+def test_intervals_of_paired_differences():
+    """Against the quantile 4.3027 of Student's t with two degrees of freedom, from a table."""
+    from study_report import Interval, differences
+
+    scores = {"a": {10: [1.0, 2.0, 6.0]}, "b": {10: [0.0, 0.0, 0.0]}}
+    interval = differences(scores, "a", "b")[10]
+    deviation = math.sqrt((4 + 1 + 9) / 2)
+    assert interval.mean == pytest.approx(3.0)
+    assert interval.margin == pytest.approx(4.3027 * deviation / math.sqrt(3), rel=1e-4)
+    assert "*" not in str(interval)
+    assert str(Interval(3.0, 2.0)) == "+3.00 (+1.00 to +5.00)*"
+    assert str(Interval(-3.0, 2.0)).endswith("*")
+    assert Interval.of([1.0]).margin == math.inf
