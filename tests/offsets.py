@@ -18,7 +18,9 @@ from triton.runtime.jit import JITFunction, mangle_type
 from benchmarks.kernel_calls import Call
 from benchmarks.kernels import Launch, record
 
-FULL = {"D": 16, "key_mask": True, "exclude": True}
+WIDTH, TILE = 32, 16
+"""Of the rows of `row_lse`. It is a constant of the kernels, alone or times the rows of a tile."""
+FULL = {"D": WIDTH, "key_mask": True, "exclude": True}
 CALLS: dict[str, list[dict]] = {
     "row_lse": [
         FULL | {"max_logit": True, "unbounded": True},
@@ -39,9 +41,8 @@ def narrow_products(launch: Launch) -> list[str]:
     kernel, arguments = launch.kernel, launch.arguments
     # every other number may be anything: not specialised, so that no product is computed by the compiler
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-    constants |= {
-        name: 16 for name in ("BN", "BM", "BC") if name in constants and "BM" in constants
-    }
+    in_rows = "BM" in constants
+    constants |= {name: TILE for name in ("BN", "BM", "BC") if name in constants and in_rows}
     constants |= {name: None for name, value in arguments.items() if value is None}
     names = [name for name in kernel.arg_names if name not in constants]
     types = {name: _type(arguments[name]) for name in names}
@@ -50,7 +51,8 @@ def narrow_products(launch: Launch) -> list[str]:
     options = {
         k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages", "maxnreg")
     }
-    return _scan(triton.compile(source, target=target, options=options).asm["ttir"], names)
+    ttir = triton.compile(source, target=target, options=options).asm["ttir"]
+    return _scan(ttir, names, (WIDTH, TILE * WIDTH) if in_rows else ())
 
 
 def _type(value: object) -> str:
@@ -59,7 +61,7 @@ def _type(value: object) -> str:
     return "i32"
 
 
-def _scan(ttir: str, names: list[str]) -> list[str]:
+def _scan(ttir: str, names: list[str], constant_sizes: tuple[int, ...]) -> list[str]:
     """Follow numbers of programs, and sizes and strides, through the operations of a kernel."""
     head = next(line for line in ttir.splitlines() if "tt.func public" in line)
     arguments = dict(zip(names, re.findall(r"(%\w+): (?:!tt|i32|f32)", head), strict=True))
@@ -83,6 +85,9 @@ def _scan(ttir: str, names: list[str]) -> list[str]:
             text = bounds
         if "tt.load" in text:  # what is read is no offset
             continue
+        constant = re.match(r"arith\.constant (\d+) : i32", text)
+        if constant and int(constant[1]) in constant_sizes:
+            sizes.add(result)
         operands = re.findall(r"%\w+", text)
         if "arith.muli" in text and re.search(r"(: |x)i32>?$", text.strip()):
             varying = all(operand in numbers | sizes for operand in operands)
