@@ -183,7 +183,15 @@ def test_two_processes_train_the_students_of_one(tmp_path):
     steps = ["--amp", "none", "--steps", "2", "--token-steps", "2"]
     flags = {
         "segmentation": [*SMALL, "--data", str(voc(tmp_path / "voc")), "--pcd-negatives", "batch"],
-        "detection": [*BOXES, "--data", str(coco(tmp_path / "coco")), "--lr", "0.001"],
+        "detection": [
+            *BOXES,
+            "--data",
+            str(coco(tmp_path / "coco")),
+            "--lr",
+            "0.001",
+            "--accumulate",
+            "2",
+        ],
     }
     flags["segmentation"] += ["--mask-ratio", "0", "--scale", "1", "1"]
     train = {
