@@ -36,6 +36,7 @@ def row_lse(
     values_only: bool = False,
     key_mask: bool = False,
     exclude: bool = False,
+    labels: bool = False,
     max_logit: bool = False,
     unbounded: bool = False,
     grad_keys: bool = False,
@@ -50,12 +51,14 @@ def row_lse(
         rows = empty(1, 6272)
         row_lse_grad_keys(rows, query, keys, 5.0, mask, offset, rows)
         return
+    of_query, of_keys = (empty(1, n, dtype=torch.int32) for n in (6272, 65536))
     row_lse_forward(
         query,
         keys,
         5.0,
         mask,
         offset,
+        (of_query, of_keys) if labels else None,
         logit_bound=None if unbounded else 5.0,
         with_weighted_keys=not values_only,
         with_max=max_logit,
@@ -73,6 +76,8 @@ def _row_lse_calls() -> Iterator[dict[str, Any]]:
             {"values_only": True},
             masks | {"max_logit": True},
             masks | {"unbounded": True},
+            masks | {"labels": True, "max_logit": True},
+            masks | {"labels": True, "unbounded": True},
             {"grad_keys": True},
             masks | {"grad_keys": True},
         ):

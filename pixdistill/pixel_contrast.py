@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from ._distributed import all_reduce_sum, gathered_block, ring_blocks, world_size
+from ._labels import check_both
 from .ops.backend import BACKENDS, Backend
 from .ops.contrast import Negatives, Reduction, contrast
 from .pixel_queue import PixelQueue, unit_vectors
@@ -45,7 +46,9 @@ def pixel_contrast_loss(
     temperature: float | Tensor = 0.2,
     negatives: Literal["batch"] | None = "batch",
     queue_keys: Tensor | None = None,
+    queue_labels: Tensor | None = None,
     valid_mask: Tensor | None = None,
+    labels: Tensor | None = None,
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -63,7 +66,10 @@ def pixel_contrast_loss(
             `queue_keys` alone.
         queue_keys: `[K, D]`, further negatives for every vector; detached, and normalised with
             `normalize`.
+        queue_labels: `[K]`, the labels of `queue_keys`.
         valid_mask: `[..., N]` bool. Where False, the vector is neither an anchor nor a negative.
+        labels: `[..., N]`, integers below 2^31. Vectors of the anchor's label are not its negatives;
+            row n of the teacher stays its positive. A negative label matches nothing.
         normalize: divide by the L2 norm first. A vector of norm <= 1e-12 counts as zero, with zero
             gradient.
         reduction: "mean" over valid vectors, "sum", or "none" for `[..., N]` with 0 where invalid.
@@ -88,6 +94,7 @@ def pixel_contrast_loss(
     _checks.choice("negatives", negatives, ("batch", None))
     if queue_keys is not None:
         _checks.shaped("queue_keys", queue_keys, ("K", student.shape[-1]), student)
+    check_both(labels, student.shape[:-1], student, queue_keys, queue_labels)
     if negatives is None and queue_keys is None:
         raise ValueError(
             "queue_keys must be given with negatives=None: there would be no negatives"
@@ -97,15 +104,16 @@ def pixel_contrast_loss(
     _checks.choice("backend", backend, BACKENDS)
     if queue_keys is not None and normalize:
         queue_keys = unit_vectors(queue_keys.detach())
-    count, width = student.shape[-2:]
-    batch = student.shape[:-2].numel()
+    batch = student.shape[:-2].numel()  # -1 would not do for an empty tensor
     loss, _ = contrast(
-        student.reshape(batch, count, width).mT.unsqueeze(2),
-        teacher.reshape(batch, count, width).mT.unsqueeze(2),
+        student.reshape(batch, *student.shape[-2:]).mT,
+        teacher.reshape(batch, *student.shape[-2:]).mT,
         1.0 / _checks.temperature(temperature, student),
         negatives=None if negatives is None else "image",
         queue_keys=queue_keys,
-        valid_mask=None if valid_mask is None else valid_mask.reshape(batch, 1, count),
+        queue_labels=queue_labels,
+        valid_mask=valid_mask,
+        labels=labels,
         normalize=normalize,
         reduction=reduction,
         backend=backend,
@@ -138,6 +146,10 @@ class PixelContrastLoss(nn.Module):
     Shapes: student and teacher `[B, C, *spatial]` with one, two or three spatial axes; project the
     student to the teacher's channels and size first. `valid_mask` `[B, *spatial]`, True = used. The
     tokens `[B, N, C]` of a ViT would count as N channels: pass them through `tokens_to_map`.
+
+    `labels` `[B, *spatial]`, integers below 2^31: teacher pixels of the anchor's label are not its
+    negatives, while the one at its own position stays the positive. A negative label matches nothing.
+    The queue needs labels too: `PixelQueue(..., labels=True)`.
 
     Example:
         >>> loss = PixelContrastLoss(temperature=0.2)
@@ -199,22 +211,28 @@ class PixelContrastLoss(nn.Module):
         teacher: Tensor,
         *,
         valid_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         return_components: bool = False,
     ) -> Tensor | PixelContrastComponents:
         """The loss, a scalar unless `reduction="none"`; with `return_components`, with its parts."""
         _checks.maps(student, teacher)
-        _checks.mask(valid_mask, student.shape[:1] + student.shape[2:], student)
-        keys = None if self.queue is None else self.queue.keys
+        pixels = student.shape[:1] + student.shape[2:]
+        _checks.mask(valid_mask, pixels, student)
+        queue = self.queue
+        keys, key_labels = (None, None) if queue is None else (queue.keys, queue.key_labels)
         if keys is not None:
             _checks.shaped("queue.keys", keys, ("K", student.shape[1]), student)
+        check_both(labels, pixels, student, keys, key_labels)
         gathers = self.gather_distributed and world_size() > 1
         loss, metrics = contrast(
-            _as_2d(student, 2),
-            _as_2d(teacher, 2),
+            student,
+            teacher,
             1.0 / self.temperature,
             negatives=self.negatives,
             queue_keys=keys,
-            valid_mask=None if valid_mask is None else _as_2d(valid_mask, 1),
+            queue_labels=key_labels,
+            valid_mask=valid_mask,
+            labels=labels,
             normalize=self.normalize,
             reduction="sum" if gathers and self.reduction == "mean" else self.reduction,
             backend=self.backend,
@@ -222,7 +240,7 @@ class PixelContrastLoss(nn.Module):
             exchange=EXCHANGES[self.gather_mode] if gathers and self.negatives == "batch" else None,
         )
         if self.reduction == "none":
-            loss = loss.reshape(student.shape[:1] + student.shape[2:])
+            loss = loss.reshape(pixels)
         if gathers:
             loss, metrics = self._over_ranks(loss, metrics, student, valid_mask)
         if metrics is None:
@@ -253,11 +271,3 @@ class PixelContrastLoss(nn.Module):
             f"reduction={self.reduction!r}, backend={self.backend!r}"
             + (f", gather_mode={self.gather_mode!r}" if self.gather_distributed else "")
         )
-
-
-def _as_2d(tensor: Tensor, first: int) -> Tensor:
-    """Two spatial axes, from one or three that begin at axis `first`."""
-    axes = tensor.dim() - first
-    if axes == 2:
-        return tensor
-    return tensor.unsqueeze(first) if axes == 1 else tensor.flatten(first, first + 1)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from ._distributed import broadcast, gather_rows, world_size
+from ._labels import check_labels
 
 # At or below this norm a vector has no direction: PCD's (and F.normalize's) epsilon.
 MIN_NORM = 1e-12
@@ -25,7 +26,7 @@ def unit_vectors(vectors: Tensor) -> Tensor:
 class PixelQueue(nn.Module):
     """The newest `size` unit vectors `[size, dim]`, as buffers `keys` and `ptr`.
 
-    It starts as random unit vectors, as in PCD, so that the number of negatives is constant. Both
+    It starts as random unit vectors, as in PCD, so that the number of negatives is constant. The
     buffers are saved with `state_dict`. Enqueueing between forward and backward is safe: the loss
     keeps what its backward needs, and never a copy of the queue (only `backend="reference"` needs the
     keys again, and PyTorch then raises). Nothing synchronises with the host.
@@ -33,6 +34,8 @@ class PixelQueue(nn.Module):
     Args:
         size: number of vectors, PCD: 65536.
         dim: their width.
+        labels: keep a label per vector too, in the buffer `key_labels` `[size]` int32, -1 at the start.
+            A negative label matches nothing.
         gather_distributed: enqueue the vectors of all ranks, in the order of the ranks, so that all
             ranks hold the same queue. The first enqueue takes rank 0's. All ranks must call.
         device, dtype: of `keys`. Under autocast on a GPU, the autocast dtype saves a conversion of
@@ -47,12 +50,14 @@ class PixelQueue(nn.Module):
 
     keys: Tensor
     ptr: Tensor
+    key_labels: Tensor | None
 
     def __init__(
         self,
         size: int,
         dim: int,
         *,
+        labels: bool = False,
         gather_distributed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -66,28 +71,35 @@ class PixelQueue(nn.Module):
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}")
         self.register_buffer("keys", torch.empty(self.size, self.dim, device=device, dtype=dtype))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
+        key_labels = None
+        if _checks.flag("labels", labels):
+            key_labels = torch.empty(self.size, dtype=torch.int32, device=device)
+        self.register_buffer("key_labels", key_labels)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill with random unit vectors from the global generator and set the pointer to 0."""
+        """Fill with random unit vectors from the global generator, without labels; the pointer is 0."""
         self.keys.copy_(unit_vectors(torch.randn_like(self.keys, dtype=torch.float32)))
         self.ptr.zero_()
+        if self.key_labels is not None:
+            self.key_labels.fill_(-1)
         self._shared = False
 
     @torch.no_grad()
     def share(self) -> None:
         """Take rank 0's queue, once, if this queue gathers; before that they start differently."""
         if self.gather_distributed and not self._shared and world_size() > 1:
-            broadcast(self.keys, self.ptr)
+            broadcast(*self.buffers())
             self._shared = True
 
     @torch.no_grad()
-    def enqueue(self, vectors: Tensor) -> None:
+    def enqueue(self, vectors: Tensor, *, labels: Tensor | None = None) -> None:
         """Write the L2-normalised vectors `[n, dim]` at the pointer, over the oldest ones.
 
-        Wraps at the end and keeps the newest `size` when n is larger. A row that is not finite, or
-        has no direction, leaves its slot as it was; the pointer moves by n all the same.
+        A queue with labels takes those of the vectors, integers `[n]`, -1 for one without. Wraps at the
+        end and keeps the newest `size` when n is larger. A row that is not finite, or has no direction,
+        leaves its slot as it was; the pointer moves by n all the same.
         """
         _checks.floating("vectors", vectors)
         if vectors.dim() != 2 or vectors.shape[1] != self.dim:
@@ -99,25 +111,43 @@ class PixelQueue(nn.Module):
             raise ValueError(
                 f"vectors must be on the queue's device, {self.keys.device}; got {vectors.device}"
             )
+        if (labels is None) != (self.key_labels is None):
+            raise ValueError(
+                "labels must be given to a queue that keeps them; got None. For vectors without, pass "
+                "torch.full((n,), -1)."
+                if labels is None
+                else "labels must be None for a queue without; got some. Build it with labels=True."
+            )
+        if labels is not None:
+            check_labels(labels, vectors.shape[:1], vectors)
+            labels = labels.to(torch.int32)
         if self.gather_distributed and world_size() > 1:
             self.share()
-            vectors = gather_rows(vectors)
+            vectors, labels = gather_rows(vectors, labels)
         count = vectors.shape[0]
-        newest = vectors[max(0, count - self.size) :]
-        start = self.ptr + (count - newest.shape[0])
+        skipped = max(0, count - self.size)
+        newest = vectors[skipped:]
+        start = self.ptr + skipped
         slots = (start + torch.arange(newest.shape[0], device=self.ptr.device)) % self.size
         unit = unit_vectors(newest).to(self.keys.dtype)
         usable = (unit.isfinite() & (unit != 0).any(dim=1, keepdim=True)).all(dim=1, keepdim=True)
         self.keys.index_copy_(0, slots, torch.where(usable, unit, self.keys[slots]))
+        if labels is not None and self.key_labels is not None:
+            kept = torch.where(usable[:, 0], labels[skipped:], self.key_labels[slots])
+            self.key_labels.index_copy_(0, slots, kept)
         self.ptr.copy_((self.ptr + count) % self.size)
 
-    def enqueue_pooled(self, teacher_map: Tensor) -> None:
-        """PCD's update: average the map `[B, dim, *spatial]` over space and enqueue the B vectors."""
+    def enqueue_pooled(self, teacher_map: Tensor, *, labels: Tensor | None = None) -> None:
+        """PCD's update: average the map `[B, dim, *spatial]` over space and enqueue the B vectors.
+
+        A queue with labels takes one per image, `[B]`.
+        """
         _checks.map_nd("teacher_map", teacher_map, self.dim)
         dtype = torch.promote_types(teacher_map.dtype, torch.float32)
-        self.enqueue(teacher_map.detach().flatten(2).mean(dim=2, dtype=dtype))
+        self.enqueue(teacher_map.detach().flatten(2).mean(dim=2, dtype=dtype), labels=labels)
 
     def extra_repr(self) -> str:
         """The settings, in the order of the constructor."""
         gathers = ", gather_distributed=True" if self.gather_distributed else ""
-        return f"size={self.size}, dim={self.dim}{gathers}"
+        labels = "" if self.key_labels is None else ", labels=True"
+        return f"size={self.size}, dim={self.dim}{labels}{gathers}"

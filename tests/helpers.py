@@ -108,11 +108,13 @@ def dense_row_lse(query, keys, scale, key_mask=None, exclude_offset=None) -> Ten
 
 
 def dense_contrast(
-    student, teacher, temperature, image_of, valid, queue=None, in_batch=True
-) -> Tensor:
+    student, teacher, temperature, image_of, valid, queue=None, in_batch=True,
+    labels=None, queue_labels=None,
+) -> Tensor:  # fmt: skip
     """The loss of each vector `[N]` in float64, by an explicit loop over anchors.
 
-    `image_of` `[N]` limits in-batch negatives to vectors with the same number.
+    `image_of` `[N]` limits in-batch negatives to vectors with the same number; of the anchor's label,
+    unless that is negative, there are none.
     """
     student, teacher = F.normalize(student.double(), dim=1), F.normalize(teacher.double(), dim=1)
     losses = []
@@ -122,11 +124,15 @@ def dense_contrast(
             continue
         others = (image_of == image_of[i]) & valid
         others[i] = False
+        rivals = queue
+        if labels is not None and labels[i] >= 0:
+            others &= labels != labels[i]
+            rivals = None if queue is None else queue[queue_labels != labels[i]]
         pool = [teacher[i : i + 1]]
         if in_batch:
             pool.append(teacher[others])
-        if queue is not None:
-            pool.append(queue.double())
+        if rivals is not None:
+            pool.append(rivals.double())
         logits = torch.cat(pool) @ student[i] / temperature
         losses.append(F.cross_entropy(logits.unsqueeze(0), torch.tensor([0])))
     return torch.stack(losses)

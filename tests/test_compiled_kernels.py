@@ -14,7 +14,8 @@ def fullest(operator, arch, dtype="bfloat16", width=0, **flags):
     if operator == "row_lse":
         variant = {"bfloat16": "max_logit", "float16": "unbounded", "float32": "unbounded"}[dtype]
         hopper = arch == "sm_90" and dtype != "float32" and not set(flags) - {"D", "exclude"}
-        return hopper or flags.get("key_mask") and (flags.get(variant) or "grad_keys" in flags)
+        labelled = flags.get("labels") and flags.get(variant)
+        return hopper or labelled or (flags.get("key_mask") and "grad_keys" in flags)
     if operator == "patch_lse":
         return arch == "sm_80" and flags.get("valid_mask") and width in (8, 24, 128, 512, 2048)
     if operator == "masked_distance" and flags["size"] not in ((100, 168), (25, 42)):

@@ -42,6 +42,7 @@ class Case(NamedTuple):
     sizes: tuple[tuple[int, int, int], ...] = UNEVEN
     wrapper: str = "average"
     learnable: bool = True
+    labelled: bool = False
 
     @property
     def has(self):
@@ -74,6 +75,17 @@ CASES = [
     ),
     Case(BATCH, "all", learnable=False),
     Case(BATCH, "ring", learnable=False),
+    *(
+        Case(negatives, mode, mask=mask, sizes=sizes, wrapper=wrapper, labelled=True)
+        for negatives, mode, mask, sizes, wrapper in (
+            (BATCH, "all", "some", UNEVEN, "average"),
+            (BATCH, "ring", "first", UNEVEN, "average"),
+            (BOTH, "all", "none", EVEN, "ddp"),
+            (BOTH, "ring", "none", EVEN, "fsdp"),
+            (BOTH, "ring", "dark", UNEVEN, "ddp"),
+            (("image", "queue"), "all", "some", UNEVEN, "average"),
+        )
+    ),
 ]
 
 
@@ -94,6 +106,14 @@ def batch_of(rank, case):
     return student, teacher, valid
 
 
+def labels_of(rank, case):
+    """Labels of a rank, some of them negative; None where the case has none."""
+    images, height, width = case.sizes[rank]
+    generator = torch.Generator().manual_seed(50 + rank)
+    labels = torch.randint(-1, 3, (images, height, width), generator=generator)
+    return labels if case.labelled else None
+
+
 class Distillation(nn.Module):
     """A student of one layer, with its loss inside: what DDP and FSDP wrap."""
 
@@ -101,7 +121,8 @@ class Distillation(nn.Module):
         super().__init__()
         queue = None
         if "queue" in case.has:
-            queue = PixelQueue(7, WIDTH, gather_distributed=True, dtype=dtype)
+            options = {"labels": case.labelled, "gather_distributed": True, "dtype": dtype}
+            queue = PixelQueue(7, WIDTH, **options)
         self.project = nn.Conv2d(CHANNELS, WIDTH, kernel_size=1, dtype=dtype)
         weights = torch.linspace(-3, 3, WIDTH * (CHANNELS + 1), dtype=torch.float64).sin()
         with torch.no_grad():
@@ -117,8 +138,8 @@ class Distillation(nn.Module):
             gather_mode=case.mode,
         ).to(dtype)
 
-    def forward(self, student, teacher, valid_mask):
-        return self.criterion(self.project(student), teacher, valid_mask=valid_mask)
+    def forward(self, student, teacher, valid_mask, labels=None):
+        return self.criterion(self.project(student), teacher, valid_mask=valid_mask, labels=labels)
 
 
 def step_on_rank(rank, cases):
@@ -130,8 +151,11 @@ def _step(rank, case):
     world = dist.get_world_size()
     torch.manual_seed(rank)  # queues start differently
     model = Distillation(case)
-    if "queue" in case.has:
-        model.criterion.queue.share()
+    queue = model.criterion.queue
+    if queue is not None:
+        queue.share()
+    if queue is not None and case.labelled:
+        queue.enqueue(torch.randn(rank + 1, WIDTH).double(), labels=torch.arange(rank + 1) - 1)
     wrapped = model
     if case.wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
@@ -140,7 +164,7 @@ def _step(rank, case):
     student, teacher, valid = batch_of(rank, case)
     before = teacher.clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loss = wrapped(student, teacher, valid)
+    loss = wrapped(student, teacher, valid, labels_of(rank, case))
     loss.backward()
     assert torch.equal(teacher, before)
     if case.wrapper == "average":
@@ -152,7 +176,7 @@ def _step(rank, case):
     parameters = [full(parameter.detach()) for parameter in model.parameters()]
     loss = loss.detach()
     dist.all_reduce(loss)
-    queue = model.criterion.queue.keys.clone() if "queue" in case.has else None
+    queue = None if queue is None else (queue.keys.clone(), queue.key_labels)
     return {"loss": loss / world, "grads": grads, "parameters": parameters, "queue": queue}
 
 
@@ -190,9 +214,14 @@ def truth_of(case, world, queue):
     projected = student @ weight.flatten(1).T + bias
     if "image" not in case.has:
         images = torch.zeros_like(images)
+    keys, key_labels = queue or (None, None)
+    labels = None
+    if case.labelled:
+        labels = torch.cat([labels_of(rank, case).flatten() for rank in range(world)])
     losses = dense_contrast(
-        projected, teacher, temperature, images, valid, queue, in_batch=case.has != ("queue",)
-    )
+        projected, teacher, temperature, images, valid, keys, case.has != ("queue",), labels,
+        key_labels,
+    )  # fmt: skip
     loss = losses.sum() if case.reduction == "sum" else losses.sum() / valid.sum().clamp_min(1)
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     after = [p.detach() - 0.5 * g for p, g in zip(model.parameters(), grads, strict=True)]
@@ -208,7 +237,8 @@ def test_a_step_equals_one_process_on_the_whole_batch(world):
         for other in ours[1:]:  # the same on every rank, to the bit
             assert torch.equal(other["loss"], ours[0]["loss"]), case
             if other["queue"] is not None:
-                assert torch.equal(other["queue"], ours[0]["queue"]), case
+                pairs = zip(other["queue"], ours[0]["queue"], strict=True)
+                assert all(a is b is None or torch.equal(a, b) for a, b in pairs), case
         truth = truth_of(case, world, ours[0]["queue"])
         for rank in ours:
             assert_close(rank["loss"], truth["loss"], 1e-12)
@@ -303,9 +333,9 @@ def half_on_rank(rank, mode, dtype, autocast):
     seen = []
     for name, original in list(pixel_contrast.EXCHANGES.items()):
 
-        def spy(keys, mask, original=original):
+        def spy(keys, *others, original=original):
             seen.append(keys.dtype)
-            return original(keys, mask)
+            return original(keys, *others)
 
         pixel_contrast.EXCHANGES[name] = spy
     student, teacher, valid = half_batch(rank)
@@ -577,7 +607,9 @@ def mismatch_on_rank(rank, what, mode):
         queue.enqueue(torch.randn(3, WIDTH, dtype=dtype))
     else:
         student, teacher = torch.randn(2, 1, width, 3, 3, dtype=dtype)
-        PixelContrastLoss(gather_distributed=True, gather_mode=mode)(student, teacher)
+        labels = torch.zeros(1, 3, 3).long() if rank == 1 and what == "labels" else None
+        loss = PixelContrastLoss(gather_distributed=True, gather_mode=mode)
+        loss(student, teacher, labels=labels)
 
 
 @pytest.mark.parametrize(
@@ -592,6 +624,15 @@ def test_ranks_that_disagree_raise_everywhere(what, mode):
         assert (
             "(7, 'torch.float32')" if what == "width" else "(6, 'torch.float64')"
         ) in error.message
+
+
+@pytest.mark.parametrize("mode", ["all", "ring"])
+def test_labels_on_one_rank_alone_raise_everywhere(mode):
+    for error in on_ranks(2, mismatch_on_rank, "labels", mode):
+        assert error.kind == "ValueError"
+        assert (
+            "labels must be given on all ranks or on none; got some on ranks [1]" in error.message
+        )
 
 
 def leave_on_rank(rank, what, folder):

@@ -49,7 +49,7 @@ def test_distill_digits_smoke(tmp_path):
     options = ("--seeds", "1", "--steps", "3", "--teacher-steps", "3", "--test-scenes", "8")
     options += ("--mask-steps", "3", "--output", str(picture))
     for loss, logits in (("pcd", "0"), ("all", "0.5")):
-        choice = ("--loss", loss, "--logits", logits)
+        choice = ("--loss", loss, "--logits", logits, *(("--labels",) if loss == "pcd" else ()))
         out = run("docs/examples/distill_digits.py", *options, *choice)
         assert out.count("Verdict") == (1 if loss == "pcd" else 5)
     assert picture.stat().st_size > 20_000

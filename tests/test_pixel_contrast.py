@@ -1207,19 +1207,26 @@ MAP_SIZES = ((2, 3, 4), (3, 5, 4), (2, 7, 6), (4, 3, 9))
         ("schedule", {"negatives": "image+queue"}),
         ("schedule", {"normalize": False}),
         ("triton", {"negatives": "batch+queue"}),
+        ("labels, mask and components", {"negatives": "batch+queue"}),
+        ("triton, labels", {"negatives": "image+queue"}),
     ],
     ids=str,
 )
 def test_compiles_once_for_all_map_sizes(case, settings):
     """A temperature that changes at each step compiles no more; ten steps are in other files."""
-    backend = "triton" if case == "triton" else "torch"
+    backend = "triton" if "triton" in case else "torch"
     device = device_of(backend)
     loss = build(backend, keys=keys_of(9, 6), **settings)
+    if "labels" in case:
+        queue = PixelQueue(9, 6, labels=True).to(device)
+        queue.enqueue(keys_of(9, 6).to(device), labels=torch.arange(9, device=device) % 4)
+        loss.queue = queue
 
-    def step(student, teacher, mask):
+    def step(student, teacher, mask, labels):
         with torch.autocast(device, dtype=torch.bfloat16, enabled="autocast" in case):
             parts = "components" in case
-            result = loss(student, teacher, valid_mask=mask, return_components=parts)
+            options = {"valid_mask": mask, "labels": labels, "return_components": parts}
+            result = loss(student, teacher, **options)
             return result if parts else (result,)
 
     with fresh_compiler():
@@ -1231,10 +1238,12 @@ def test_compiles_once_for_all_map_sizes(case, settings):
                 loss.temperature = 0.2 - 0.01 * len(frames)
             student, teacher = maps(batch, 6, height, width)
             mask = some_mask(batch, height, width).to(device) if "mask" in case else None
+            labels = torch.randint(-1, 4, (batch, height, width), device=device)
+            labels = labels if "labels" in case else None
             results = []
             for function in (compiled, step):
                 leaf = student.to(device, copy=True).requires_grad_()
-                parts = function(leaf, teacher.to(device), mask)
+                parts = function(leaf, teacher.to(device), mask, labels)
                 weighted(parts[0]).backward()
                 results.append((*parts, leaf.grad))
             for ours, eager in zip(*results, strict=True):
@@ -1261,9 +1270,13 @@ def test_the_registered_operators_keep_pytorchs_rules(backend, masked, reduction
     student, teacher = (x.to(device) for x in maps(2, 6, 3, 4))
     keys = keys_of(5, 6).to(device)
     mask = some_mask(2, 3, 4).to(device) if masked else None
+    labels, key_labels = (
+        torch.arange(n, dtype=torch.int32, device=device) % 3 if masked else None for n in (24, 5)
+    )
     scale = torch.tensor(5.0, device=device, requires_grad=True)
+    options = (keys, key_labels, mask, None if labels is None else labels.view(2, 3, 4))
     settings = ("image", True, reduction, backend, torch.float32, True, masked)
-    arguments = (student.requires_grad_(), teacher, scale, None, keys, mask, *settings)
+    arguments = (student.requires_grad_(), teacher, scale, None, *options, *settings)
     torch.library.opcheck(contrast.contrast_op, arguments)
     loss, _, *saved = (x.detach() for x in contrast.contrast_op(*arguments))
     settings = (True, reduction == "mean", backend, True)

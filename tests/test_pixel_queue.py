@@ -409,6 +409,64 @@ def test_compiles_once_for_all_batch_sizes(pooled):
     assert frames[1:] == [frames[1]] * 5
 
 
+# --- Labels ---------------------------------------------------------------------------------------
+
+
+def unlike(label):
+    """A vector that tells its label, 0 to 2."""
+    return torch.eye(3)[label] * 5
+
+
+@given(st.lists(st.lists(st.integers(-1, 2), max_size=9), max_size=6))
+def test_labels_stay_with_their_vectors(batches):
+    """Whatever wraps or is too long; -1 stands for a vector that is skipped, with its label."""
+    queue = PixelQueue(5, 3, labels=True)
+    assert (queue.key_labels == -1).all()
+    for labels in batches:
+        vectors = [unlike(label) if label >= 0 else torch.full((3,), torch.nan) for label in labels]
+        vectors = torch.stack([*vectors, unlike(0)])
+        queue.enqueue(vectors, labels=torch.tensor([*(7 if x < 0 else x for x in labels), 0]))
+    known = queue.key_labels >= 0
+    assert known.sum() <= sum(sum(x >= 0 for x in labels) + 1 for labels in batches)
+    assert bool(batches) == bool(known.any())
+    assert torch.equal(queue.keys[known], torch.eye(3)[queue.key_labels[known].long()])
+
+
+def test_labels_are_saved_resumed_and_reset():
+    queue = PixelQueue(5, 3, labels=True)
+    assert set(queue.state_dict()) == {"keys", "ptr", "key_labels"}
+    assert repr(queue) == "PixelQueue(size=5, dim=3, labels=True)"
+    queue.enqueue_pooled(vectors_of(3, 12).view(3, 3, 4), labels=torch.tensor([4, -1, 2]))
+    assert queue.key_labels.tolist() == [4, -1, 2, -1, -1]
+    assert queue.half().key_labels.dtype == torch.int32
+    other = PixelQueue(5, 3, labels=True)
+    other.load_state_dict(queue.state_dict())
+    for each in (queue, other):
+        each.enqueue(vectors_of(4, 3), labels=torch.tensor([5, 6, 7, 8], dtype=torch.uint8))
+        assert each.key_labels.tolist() == [7, 8, 2, 5, 6]
+    queue.reset_parameters()
+    assert (queue.key_labels == -1).all()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"key_labels"'):
+        queue.load_state_dict(PixelQueue(5, 3).state_dict())
+    meta = PixelQueue(5, 3, labels=True, device="meta")
+    assert (meta.to_empty(device="cpu").reset_parameters() or meta.key_labels == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "queue_labels", "labels"),
+    [
+        (ValueError, r"keeps them; got None. .*torch.full\(\(n,\), -1\)", True, None),
+        (ValueError, "queue without; got some. Build it with labels=True", False, torch.zeros(2).int()),
+        (ValueError, r"labels must have .*shape \(2,\); got \(3,\)", True, torch.zeros(3).int()),
+        (TypeError, "labels must be integers; got torch.float32", True, torch.zeros(2)),
+    ],
+)  # fmt: skip
+def test_wrong_labels(error, words, queue_labels, labels):
+    queue = PixelQueue(5, 3, labels=queue_labels)
+    with pytest.raises(error, match=words):
+        queue.enqueue(vectors_of(2, 3), labels=labels)
+
+
 # --- Arguments ------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from pixdistill.ops.row_lse import (
     row_lse_and_max,
     triton_kernels,
 )
+from pixdistill.ops.row_lse.launch import Launch
 
 FAST = ("torch", "triton")
 FLOAT32 = {
@@ -515,8 +516,42 @@ def problem_3d(shared=False, dtype=torch.float64, keys_like_queries=0.0):
     return query.to(dtype), keys.to(dtype), mask
 
 
-def in_blocks(*arguments):
-    return chunked._in_blocks(*arguments, True, True, True)
+def in_blocks(query, keys, scale, mask, offset, labels=None):
+    return chunked._in_blocks(query, keys, scale, mask, offset, labels, True, True, True)
+
+
+def labels_3d(shared):
+    """Of 45 queries and 60 keys, some of them negative."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((3, 45), (shared, 60))
+    return tuple(torch.randint(-2, 3, s, generator=generator, dtype=torch.int32) for s in shapes)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("subtract_max", [False, True])
+def test_labels_in_blocks_and_splits(shared, subtract_max, monkeypatch):
+    """Of PyTorch's form in float64 and of the kernel, against one matrix."""
+    query, keys, mask = problem_3d(shared)
+    labels = labels_3d(len(keys))
+    same = (labels[0].unsqueeze(2) == labels[1].unsqueeze(1)) & (labels[0] >= 0).unsqueeze(2)
+    hidden = same | ~mask.unsqueeze(1)
+    hidden.diagonal(7, dim1=1, dim2=2).fill_(True)
+    logits = (5.0 * query @ keys.mT).masked_fill(hidden, -torch.inf)
+    expected = logits.logsumexp(2), logits.softmax(2) @ keys, logits.amax(2)
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", (16, 32))
+    device = device_of("triton")
+    tensors = [x.to(device) for x in (query.float(), keys.float(), mask, *labels)]
+    kernel = triton_kernels.row_lse(
+        *tensors[:2], 5.0, tensors[2], 7, tuple(tensors[3:]), subtract_max=subtract_max,
+        with_weighted_keys=True, with_max=True, splits=2,
+        launch=Launch(16, 32, 4, 1, resident=1, masked=32, labelled=16),
+    )  # fmt: skip
+    for ours, limit in (
+        (in_blocks(query, keys, 5.0, mask, 7, labels), 1e-13),
+        (kernel, float32_tolerance("triton")),
+    ):
+        for part, right in zip(ours, expected, strict=True):
+            assert_close(part, right, limit)
 
 
 @pytest.mark.parametrize("near", [0.0, 3.0])
@@ -575,11 +610,11 @@ def test_one_kernel_between_the_products(dtype, masked, offset, subtract_max, le
     device = device_of("triton")
     query, keys, mask = problem_3d(shared=learned, dtype=dtype)
     mask = mask if masked else None
-    expected = in_blocks(query.double(), keys.double(), 5.0, mask, offset)
+    labels = None if offset is None else labels_3d(len(keys))
+    wide = query.double(), keys.double(), 5.0, mask, offset
+    expected, lse = in_blocks(*wide, labels), in_blocks(*wide)[0]
     rows = torch.linspace(0.0, 1.0, 135, dtype=torch.float64).view(3, 45)
-    grad = chunked.row_lse_grad_keys(
-        rows, query.double(), keys.double(), 5.0, mask, offset, expected[0]
-    )
+    grad = chunked.row_lse_grad_keys(rows, *wide, lse)
     monkeypatch.setattr(chunked, "_fused", lambda query: exponentials)
     monkeypatch.setattr(chunked, "_operand_dtype", lambda tensor: tensor.dtype)
     block = (128, 32) if subtract_max else (16, 32)  # two batch entries, or part of one
@@ -588,9 +623,10 @@ def test_one_kernel_between_the_products(dtype, masked, offset, subtract_max, le
     scale = torch.tensor(5.0, device=device) if learned else 5.0
     mask = None if mask is None else mask.to(device)
     query, keys = query.to(device), keys.to(device)
-    ours = chunked._in_blocks(query, keys, scale, mask, offset, subtract_max, True, True)
+    labels = None if labels is None else tuple(x.to(device) for x in labels)
+    ours = chunked._in_blocks(query, keys, scale, mask, offset, labels, subtract_max, True, True)
     ours_grad = chunked.row_lse_grad_keys(
-        rows.float().to(device), query, keys, scale, mask, offset, expected[0].float().to(device)
+        rows.float().to(device), query, keys, scale, mask, offset, lse.float().to(device)
     )
     float32 = float32_tolerance("triton")
     tolerance = {torch.float32: float32, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]

@@ -334,6 +334,7 @@ def hopper_case(**changed):
         ({}, "it needs a Hopper GPU"),
         ({"query": torch.empty(1, 8, 64)}, "float16"),
         ({"key_mask": torch.ones(1, 8, dtype=torch.bool)}, "mask"),
+        ({"labels": (torch.zeros(1, 8),) * 2}, "no labels"),
         ({"scale": torch.tensor(5.0)}, "learned"),
         ({"subtract_max": True}, "maximum"),
         ({"with_max": True}, "maximum"),

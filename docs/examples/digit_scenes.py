@@ -148,8 +148,9 @@ def build(role: str, seed: int) -> FCN:
     return FCN(24, 64, 128, 5, 64) if role == "teacher" else FCN(8, 16, 24, 3, 24)
 
 
-# From the student's channels, build a module that maps (student's outputs, teacher's outputs) to a
-# weighted scalar. Its parameters (such as a projector) train with the student and are dropped after.
+# From the student's channels, build a module that maps (student's outputs, teacher's outputs, labels)
+# to a weighted scalar. Its parameters (such as a projector) train with the student and are dropped
+# after.
 Builder = Callable[[int], nn.Module]
 # A frozen teacher, and what builds the distillation loss.
 Guide = tuple[FCN, Builder] | None
@@ -199,7 +200,7 @@ class Bench:
                 if guide is not None:
                     with torch.no_grad():
                         target = teacher(images)
-                    objective = objective + distill(outputs, target)
+                    objective = objective + distill(outputs, target, labels)
             optimizer.zero_grad()
             scaler.scale(objective).backward()
             scaler.step(optimizer)

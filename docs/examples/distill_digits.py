@@ -62,8 +62,16 @@ LOGIT_TEMPERATURE = 4.0
 class PixelContrast(nn.Module):
     """Pixel contrast of the student's projected features with the teacher's."""
 
-    def __init__(self, student_channels: int, teacher_channels: int, *, queued: bool = False):
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        queued: bool = False,
+        labelled: bool = False,
+    ):
         super().__init__()
+        self.labelled = labelled
         self.projector = nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
         self.queue = PixelQueue(QUEUE_SIZE, teacher_channels) if queued else None
         self.contrast = PixelContrastLoss(
@@ -71,9 +79,14 @@ class PixelContrast(nn.Module):
         )
         self.weight = 2.0
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
         """Compute the loss before the batch joins the queue: no image is its own negative."""
-        loss = self.contrast(self.projector(student.features), teacher.features)
+        small = None
+        if self.labelled:
+            size = teacher.features.shape[2:]
+            nearest = F.interpolate(labels[:, None].float(), size, mode="nearest")
+            small = nearest[:, 0].long()
+        loss = self.contrast(self.projector(student.features), teacher.features, labels=small)
         if self.queue is not None:
             self.queue.enqueue_pooled(teacher.features)
         return self.weight * loss
@@ -82,7 +95,7 @@ class PixelContrast(nn.Module):
 class LogitMatching(nn.Module):
     """The control for MasKD: the same distance of the logits, without masks."""
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, _: Tensor) -> Tensor:
         """The mean squared difference, with the weight of the masked one."""
         return MASKED_WEIGHT * F.mse_loss(student.logits, teacher.logits)
 
@@ -104,7 +117,7 @@ class PatchContrast(nn.Module):
             contrast_weight=0.05,
         )
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, _: Tensor) -> Tensor:
         """The loss aligns the channels itself."""
         return self.loss(student.features, teacher.features)
 
@@ -116,14 +129,14 @@ class WithLogits(nn.Module):
         super().__init__()
         self.loss, self.weight = loss, weight
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
         """Add the mean divergence per pixel, multiplied by the square of its temperature."""
         ours, theirs = (
             (logits.float() / LOGIT_TEMPERATURE).log_softmax(dim=1)
             for logits in (student.logits, teacher.logits)
         )
         divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True) / ours[:, 0].numel()
-        return self.loss(student, teacher) + self.weight * LOGIT_TEMPERATURE**2 * divergence
+        return self.loss(student, teacher, labels) + self.weight * LOGIT_TEMPERATURE**2 * divergence
 
 
 def with_logits(build_loss: Builder, weight: float) -> Builder:
@@ -133,9 +146,9 @@ def with_logits(build_loss: Builder, weight: float) -> Builder:
     return lambda channels: WithLogits(build_loss(channels), weight)
 
 
-def pixel_contrast(_: Bench, teacher: FCN, __: int, *, queued: bool = False) -> Builder:
+def pixel_contrast(_: Bench, teacher: FCN, __: int, **options: bool) -> Builder:
     """PCD needs only the number of the teacher's channels."""
-    return partial(PixelContrast, teacher_channels=teacher.channels, queued=queued)
+    return partial(PixelContrast, teacher_channels=teacher.channels, **options)
 
 
 def masked_logits(bench: Bench, teacher: FCN, steps: int) -> Builder:
@@ -242,8 +255,9 @@ def compare(options: argparse.Namespace) -> list[Result]:
 
     teacher, iou = score("teacher", "teacher", "teacher", TEACHER_SEED, options.teacher_steps)
     names = list(LOSSES) if options.loss == "all" else [options.loss]
+    losses = LOSSES | {"pcd": partial(pixel_contrast, labelled=options.labels)}
     builders = {
-        name: with_logits(LOSSES[name](bench, teacher, options.mask_steps), options.logits)
+        name: with_logits(losses[name](bench, teacher, options.mask_steps), options.logits)
         for name in names
     }
     alone: list[float] = []
@@ -264,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--loss", choices=(*LOSSES, "all"), default="pcd", help="distillation loss (default: pcd)")
+    add("--labels", action="store_true", help="in pcd, pixels of a class are not its negatives")
     add("--logits", type=float, default=0.0, help="weight of an added term of the logits (0)")
     add("--seeds", type=int, default=3, help="pairs of students to train (default: 3)")
     add("--steps", type=int, default=600, help="steps of a student (default: 600)")
@@ -277,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     options = parser.parse_args(argv)
     if min(options.seeds, options.test_scenes) < 1:
         parser.error("--seeds and --test-scenes must be at least 1")
+    if options.labels and options.loss not in ("pcd", "all"):
+        parser.error("--labels is for --loss pcd")
     start = time.perf_counter()
     results = compare(options)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)

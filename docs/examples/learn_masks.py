@@ -88,7 +88,7 @@ class MaskedLogits(nn.Module):
         super().__init__()
         self.distance = MaskedDistillationLoss(tokens)
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, _: Tensor) -> Tensor:
         """The weighted distance."""
         return MASKED_WEIGHT * self.distance(student.logits, teacher.logits)
 

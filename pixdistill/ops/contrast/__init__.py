@@ -34,6 +34,7 @@ from ..backend import (
     operand_dtype,
     refuse_transforms,
     sum_dtype,
+    without_subclass,
 )
 from ..row_lse import row_lse_forward, why_not_triton
 from . import chunked, reference
@@ -41,10 +42,10 @@ from .launch import MAX_WIDTH
 
 Negatives = Literal["batch", "image"] | None
 Reduction = Literal["mean", "sum", "none"]
-Keys = tuple[Tensor, Tensor | None, int | None]
-"""keys `[..., M, D]`, key_mask `[..., M]` and exclude_offset, as `row_lse` takes them"""
-Exchange = Callable[[Tensor, Tensor | None], Iterable[Keys]]
-"""From this rank's keys `[N, D]` and mask `[N]` to those of all ranks, block by block."""
+Keys = tuple[Tensor, Tensor | None, int | None, Tensor | None]
+"""keys `[..., M, D]`, key_mask `[..., M]`, exclude_offset and labels `[..., M]` of the keys"""
+Exchange = Callable[[Tensor, Tensor | None, Tensor | None], Iterable[Keys]]
+"""From this rank's keys `[N, D]`, mask `[N]` and labels `[N]` to all ranks', block by block."""
 
 
 def contrast(
@@ -54,7 +55,9 @@ def contrast(
     *,
     negatives: Negatives,
     queue_keys: Tensor | None,
+    queue_labels: Tensor | None,
     valid_mask: Tensor | None,
+    labels: Tensor | None,
     normalize: bool,
     reduction: Reduction,
     backend: Backend,
@@ -64,13 +67,15 @@ def contrast(
     """The loss, and `[2]` accuracy and mean similarity of the positives where asked for.
 
     Args:
-        student, teacher: `[B, D, H, W]`, any strides, any floating-point dtypes.
+        student, teacher: `[B, D, *spatial]`, any strides, any floating-point dtypes.
         scale: 1 / temperature: a number, or one element that may require a gradient.
         negatives: the other pixels of the batch, of the image, or none of them.
         queue_keys: `[K, D]`, negatives of all pixels; unit vectors if `normalize`.
-        valid_mask: `[B, H, W]` bool. Where False, a pixel is neither anchor nor negative.
+        queue_labels: `[K]`, the labels of queue_keys.
+        valid_mask: `[B, *spatial]` bool. Where False, a pixel is neither anchor nor negative.
+        labels: `[B, *spatial]`, integers. A key of the anchor's label >= 0 is not its negative.
         normalize: divide rows by their norm; zero, with zero gradient, at a norm of at most 1e-12.
-        reduction: mean over valid pixels, sum, or none: `[B * H * W]`, 0 at invalid pixels.
+        reduction: mean over valid pixels, sum, or none: `[pixels]`, 0 at invalid pixels.
         exchange: gives the keys of all ranks in place of the batch's own.
 
     Nothing is checked here. Products run in the dtype of `operand_dtype(student)`; loss and metrics
@@ -79,13 +84,19 @@ def contrast(
     operand, dtype = operand_dtype(student), sum_dtype(student)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()).to(dtype)
-    teacher = teacher.detach()
+    student, teacher = _as_2d(student), _as_2d(teacher.detach())
+    if valid_mask is not None:
+        valid_mask = valid_mask.reshape(student[:, 0].shape)
     queue_keys = None if queue_keys is None else queue_keys.detach()
+    if labels is not None:
+        labels = labels.to(torch.int32)
+        if queue_labels is not None:
+            queue_labels = queue_labels.to(torch.int32).contiguous()
     if backend == "reference":
         with no_autocast(student.device):
             return reference.contrast(
-                student, teacher, scale, queue_keys, valid_mask, negatives, normalize, reduction,
-                operand, with_metrics, exchange,
+                student, teacher, scale, queue_keys, queue_labels, valid_mask, labels, negatives,
+                normalize, reduction, operand, with_metrics, exchange,
             )  # fmt: skip
     refuse_transforms("contrast", student, teacher)
     bound = scale if normalize and not isinstance(scale, Tensor) else None
@@ -99,8 +110,8 @@ def contrast(
         student.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     )
     arguments: Any = (
-        student, teacher, scale, bound, queue_keys, valid_mask, negatives, normalize, reduction,
-        backend, operand, with_grad, with_metrics,
+        student, teacher, scale, bound, queue_keys, queue_labels, valid_mask, labels, negatives,
+        normalize, reduction, backend, operand, with_grad, with_metrics,
     )  # fmt: skip
     if compiling:
         loss, metrics, *_ = contrast_op(*arguments)
@@ -109,6 +120,11 @@ def contrast(
         loss, metrics, _ = _forward(*arguments, exchange)  # type: ignore[call-arg]
         return loss, metrics
     return _Contrast.apply(*arguments, exchange)
+
+
+def _as_2d(image: Tensor) -> Tensor:
+    """`[B, D, H, W]` from one, two or three spatial axes."""
+    return image.unsqueeze(2) if image.dim() == 3 else image.flatten(3)
 
 
 # --- Forward and backward, without autograd -------------------------------------------------------
@@ -130,9 +146,9 @@ class Saved(NamedTuple):
 
 def _forward(
     student: Tensor, teacher: Tensor, scale: float | Tensor, logit_bound: float | None,
-    queue_keys: Tensor | None, valid_mask: Tensor | None, negatives: Any, normalize: bool,
-    reduction: str, backend: Any, operand: torch.dtype, with_grad: bool, with_metrics: bool,
-    exchange: Exchange | None = None,
+    queue_keys: Tensor | None, queue_labels: Tensor | None, valid_mask: Tensor | None,
+    labels: Tensor | None, negatives: Any, normalize: bool, reduction: str, backend: Any,
+    operand: torch.dtype, with_grad: bool, with_metrics: bool, exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
     """Loss and metrics as `contrast` returns them, and what backward needs."""
     batch, width, height, breadth = student.shape
@@ -148,11 +164,15 @@ def _forward(
         )
         query, own_keys = rows.view(2, *shape, width).unbind()
         mask = None if valid_mask is None else valid_mask.reshape(shape)
+        if labels is not None:
+            labels = without_subclass(labels).reshape(shape).contiguous()
         total: Any = None
-        for keys, key_mask, offset in _sources(own_keys, mask, negatives, queue_keys, exchange):
+        own, queue = (own_keys, mask, labels), (queue_keys, queue_labels)
+        for keys, key_mask, offset, key_labels in _sources(own, negatives, queue, exchange):
+            pair = None if labels is None or key_labels is None else (labels, key_labels)
             part = row_lse_forward(
-                query, keys, scale, key_mask, offset, logit_bound=logit_bound, backend=backend,
-                with_weighted_keys=with_grad, with_max=with_metrics,
+                query, keys, scale, key_mask, offset, pair, logit_bound=logit_bound,
+                backend=backend, with_weighted_keys=with_grad, with_max=with_metrics,
             )  # fmt: skip
             # Weighted keys of many blocks are rounded once, at the end.
             wide = operand if exchange is None else dtype
@@ -168,17 +188,23 @@ def _forward(
 
 
 def _sources(
-    keys: Tensor, mask: Tensor | None, negatives: Negatives, queue_keys: Tensor | None,
+    own: Any, negatives: Negatives, queue: tuple[Tensor | None, Tensor | None],
     exchange: Exchange | None,
 ) -> Iterator[Keys]:  # fmt: skip
-    """Each set of negatives, with where the positives are in it."""
+    """Each set of negatives, with where the positives are in it. `own` is keys, mask and labels."""
     if exchange is not None:
-        for block, seen, offset in exchange(keys[0], None if mask is None else mask[0]):
-            yield block.unsqueeze(0), None if seen is None else seen.unsqueeze(0), offset
+        of_rank: Any = (None if x is None else x[0] for x in own)
+        for keys, mask, offset, labels in exchange(*of_rank):
+            yield keys.unsqueeze(0), _row(mask), offset, _row(labels)
     elif negatives is not None:
-        yield keys, mask, 0  # row i of the teacher is the positive of row i
-    if queue_keys is not None:
-        yield queue_keys.unsqueeze(0), None, None
+        keys, mask, labels = own
+        yield keys, mask, 0, labels  # row i of the teacher is the positive of row i
+    if queue[0] is not None:
+        yield queue[0].unsqueeze(0), None, None, _row(queue[1])
+
+
+def _row(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.unsqueeze(0)
 
 
 def _gradients(
@@ -209,7 +235,7 @@ def _form(rows: Tensor, backend: Backend) -> ModuleType:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], saved: Iterable[Tensor | None]) -> None:
-    student, _, scale, _, _, _, _, ctx.normalize, reduction, ctx.backend, *_ = inputs
+    student, _, scale, _, _, _, _, _, _, ctx.normalize, reduction, ctx.backend, *_ = inputs
     ctx.mean = reduction == "mean"
     ctx.scale, learned_scale = (None, scale) if isinstance(scale, Tensor) else (scale, None)
     ctx.set_materialize_grads(False)
@@ -249,19 +275,20 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:
-        return *_backward(ctx, grad, _gradients), *(None,) * 11
+        return *_backward(ctx, grad, _gradients), *(None,) * 13
 
 
 @torch.library.custom_op("pixdistill::contrast", mutates_args=())
 def contrast_op(
     student: Tensor, teacher: Tensor, scale: Tensor, logit_bound: float | None,
-    queue_keys: Tensor | None, valid_mask: Tensor | None, negatives: str | None, normalize: bool,
-    reduction: str, backend: str, operand: torch.dtype, with_grad: bool, with_metrics: bool,
+    queue_keys: Tensor | None, queue_labels: Tensor | None, valid_mask: Tensor | None,
+    labels: Tensor | None, negatives: str | None, normalize: bool, reduction: str, backend: str,
+    operand: torch.dtype, with_grad: bool, with_metrics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_forward` registered with PyTorch, for torch.compile: what is None there is empty here."""
     loss, metrics, saved = _forward(
-        student, teacher, scale, logit_bound, queue_keys, valid_mask, negatives, normalize,
-        reduction, backend, operand, with_grad, with_metrics,
+        student, teacher, scale, logit_bound, queue_keys, queue_labels, valid_mask, labels,
+        negatives, normalize, reduction, backend, operand, with_grad, with_metrics,
     )  # fmt: skip
     rows, stats, weighted_keys, num_valid = saved
     return (
@@ -276,8 +303,8 @@ def contrast_op(
 
 @contrast_op.register_fake
 def _(student: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    valid_mask, reduction = others[4], others[7]
-    operand, with_grad, with_metrics = others[9:]
+    valid_mask, reduction = others[5], others[9]
+    operand, with_grad, with_metrics = others[11:]
     batch, width, height, breadth = student.shape
     pixels = batch * height * breadth
     stats = student.new_empty((4, pixels), dtype=sum_dtype(student))
@@ -317,7 +344,7 @@ def _save_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _registered_backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-    return *_backward(ctx, grad, contrast_gradients_op), *(None,) * 10
+    return *_backward(ctx, grad, contrast_gradients_op), *(None,) * 12
 
 
 contrast_op.register_autograd(_registered_backward, setup_context=_save_registered)

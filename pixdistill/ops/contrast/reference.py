@@ -16,13 +16,15 @@ def contrast(
     teacher: Tensor,
     scale: float | Tensor,
     queue_keys: Tensor | None,
+    queue_labels: Tensor | None,
     valid_mask: Tensor | None,
+    labels: Tensor | None,
     negatives: str | None,
     normalize: bool,
     reduction: str,
     operand: torch.dtype,
     with_metrics: bool,
-    exchange: Callable[[Tensor, Tensor | None], Iterable[Any]] | None,
+    exchange: Callable[[Tensor, Tensor | None, Tensor | None], Iterable[Any]] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results as in the package's `contrast`."""
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -32,21 +34,18 @@ def contrast(
         for x in (student, teacher.detach())
     )  # [G, N, D]
     valid = valid.reshape(s.shape[:2])
+    labels = None if labels is None else labels.reshape(s.shape[:2])
     positive = (s * t).sum(dim=2)
     query, own_keys = (x.to(operand).to(dtype) for x in (s, t))  # as they are multiplied
 
     logits, counts = [], []  # of each set of keys, [G, N, M]
     sources: Iterable[Any] = ()
     if negatives is not None:
-        sources = (
-            [(t.to(operand), valid, 0)]
-            if exchange is None
-            else exchange(t[0].to(operand), valid[0])
-        )
-    for keys, mask, offset in [
-        *sources,
-        *([] if queue_keys is None else [(queue_keys, None, None)]),
-    ]:
+        sources = [(t.to(operand), valid, 0, labels)]
+        if exchange is not None:
+            sources = exchange(t[0].to(operand), valid[0], None if labels is None else labels[0])
+    queue = [] if queue_keys is None else [(queue_keys, None, None, queue_labels)]
+    for keys, mask, offset, key_labels in [*sources, *queue]:
         keys = keys.to(operand).to(dtype, copy=True).expand(s.shape[0], -1, -1)
         logits.append(scale * (query @ keys.mT))
         counted = torch.ones_like(logits[-1], dtype=torch.bool)
@@ -55,6 +54,9 @@ def contrast(
         if offset is not None:
             row, column = (torch.arange(n, device=s.device) for n in counted.shape[1:])
             counted = counted & (column != row.unsqueeze(1) + offset)
+        if labels is not None and key_labels is not None:
+            of_anchor = labels.unsqueeze(2)
+            counted = counted & ((of_anchor < 0) | (of_anchor != key_labels.unsqueeze(-2)))
         counts.append(counted)
     logit, counted = torch.cat(logits, dim=2), torch.cat(counts, dim=2)
 

@@ -167,6 +167,7 @@ def row_lse_forward(
     scale: Scale,
     key_mask: Tensor | None = None,
     exclude_offset: int | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
     *,
     logit_bound: float | None,
     backend: Backend = "auto",
@@ -176,13 +177,16 @@ def row_lse_forward(
     """lse `[G, N]`, weighted_keys `[G, N, D]` and max_logit `[G, N]`; the last two where asked for.
 
     query `[G, N, D]`; keys `[G, M, D]`, or `[1, M, D]` that all share; key_mask `[G, M]` or `[1, M]`;
-    scale a number, or a 0-dim tensor in the dtype of sums. weighted_keys has the query's dtype, the
+    scale a number, or a 0-dim tensor in the dtype of sums. A key does not count for a query of the
+    same label, unless that is negative: labels, int32 and contiguous, are `[G, N]` of the queries and
+    `[G, M]`, or `[1, M]` as the keys. weighted_keys has the query's dtype, the
     others the dtype of sums. Nothing is checked, and autocast changes nothing.
     """
     batch, rows, width = query.shape
     folds = batch > 1 and _folds(keys, key_mask, exclude_offset)
     if folds:  # shared keys: one long matrix of queries fills tiles better
         query = query.reshape(1, batch * rows, width)
+        labels = None if labels is None else (labels[0].reshape(1, batch * rows), labels[1])
     subtract_max = logit_bound is None or logit_bound > _UNSHIFTED_BOUND.get(query.dtype, 60.0)
     with no_autocast(query.device):
         lse, weighted_keys, max_logit = _implementation(query, backend).row_lse(
@@ -191,6 +195,7 @@ def row_lse_forward(
             scale,
             key_mask,
             exclude_offset,
+            labels,
             subtract_max=subtract_max,
             with_weighted_keys=with_weighted_keys,
             with_max=with_max,

@@ -26,6 +26,7 @@ def row_lse(
     scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
+    labels: tuple[Tensor, Tensor] | None = None,
     *,
     subtract_max: bool,
     with_weighted_keys: bool,
@@ -33,13 +34,16 @@ def row_lse(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-sum-exp `[G, N]`, softmax-weighted mean of the keys `[G, N, D]` and largest logit `[G, N]`.
 
-    query `[G, N, D]`; keys `[G, M, D]` and key_mask `[G, M]`, or `[1, ...]` where all share them.
+    query `[G, N, D]`; keys `[G, M, D]` and key_mask `[G, M]`, or `[1, ...]` where all share them. A
+    key does not count for a query of the same label >= 0: labels `[G, N]` int32 of the queries, and
+    `[G, M]`, or `[1, M]`, of the keys.
     `subtract_max` subtracts a running maximum; without it `exp(logit)` and its sum must stay in range.
     """
-    arguments = (query, keys, scale, key_mask, exclude_offset, subtract_max)
-    if not with_weighted_keys or not attention.fits(query, keys):
+    arguments = (query, keys, scale, key_mask, exclude_offset, labels, subtract_max)
+    # The operator takes labels only as an N x M mask.
+    if not with_weighted_keys or labels is not None or not attention.fits(query, keys):
         return _in_blocks(*arguments, with_weighted_keys, with_max)
-    # The operator has no maximum: another pass, so that asking for it changes no bit of the others.
+    # It has no maximum: another pass, so that asking for it changes no bit of the others.
     lse, weighted_keys = attention.row_lse(*arguments[:5])
     return lse, weighted_keys, _in_blocks(*arguments, False, True)[2] if with_max else None
 
@@ -50,6 +54,7 @@ def _in_blocks(
     scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
+    labels: tuple[Tensor, Tensor] | None,
     subtract_max: bool,
     with_weighted_keys: bool,
     with_max: bool,
@@ -64,6 +69,9 @@ def _in_blocks(
     step_g, step_n, step_m = _block_sizes(query, keys)
     buffer = query.new_empty((step_g * step_n * step_m,), dtype=dtype)
     fused = _fused(query)
+    if labels is not None:  # a negative one of a query equals none of the keys'
+        key_labels = labels[1].clamp_min(-1).expand(query.shape[0], -1)
+        labels = labels[0].masked_fill(labels[0] < 0, -2), key_labels
 
     for g in _slices(query.shape[0], step_g):
         for n in _slices(query.shape[1], step_n):
@@ -74,14 +82,15 @@ def _in_blocks(
             for m in _slices(keys.shape[1], step_m):
                 block, seen = _key_block(keys, key_mask, g, m, operand)
                 diagonal = _diagonal(exclude_offset, n, m)
+                pair = None if labels is None else (labels[0][g, n], labels[1][g, m])
                 if fused is not None:
                     logits = _product(rows, block.mT, 1.0, buffer)
                     weights, shrink = fused.exponentials(
-                        logits, scale, seen, diagonal, total, top, subtract_max, operand
+                        logits, scale, seen, diagonal, pair, total, top, subtract_max, operand
                     )
                 else:
                     weights = _product(rows, block.mT, scale, buffer)
-                    _hide(weights, seen, diagonal)
+                    _hide(weights, seen, diagonal, pair)
                     shrink = _exponentials(weights, total, top, subtract_max)
                 if with_weighted_keys:
                     weighted = _add_product(weighted, shrink, weights, block)
@@ -197,8 +206,15 @@ def _diagonal(exclude_offset: int | None, n: slice, m: slice) -> int | None:
     return diagonal if n.start - n.stop < diagonal < m.stop - m.start else None
 
 
-def _hide(logits: Tensor, seen: Tensor | None, diagonal: int | None) -> None:
+def _hide(
+    logits: Tensor,
+    seen: Tensor | None,
+    diagonal: int | None,
+    labels: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Set the logits that do not count to -inf, in place."""
+    if labels is not None:
+        logits.masked_fill_(labels[0].unsqueeze(-1) == labels[1].unsqueeze(-2), -torch.inf)
     if seen is not None:
         logits.masked_fill_(~seen.unsqueeze(-2), -torch.inf)
     if diagonal is not None:

@@ -16,7 +16,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _logits(
-    logits, key_mask, scale, learned_scale, diagonal, N, M, stride_mg, BM: tl.constexpr
+    logits, key_mask, query_labels, key_labels, scale, learned_scale, diagonal, N, M, stride_mg,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """One row of logits [BM], -inf where they do not count."""
     i_row = tl.program_id(0)
@@ -30,17 +31,22 @@ def _logits(
         m_m = tl.load(p_mask + o_m, mask=m_m, other=0) != 0
     if diagonal is not None:
         m_m = m_m & (o_m != i_row % N + diagonal)
+    if query_labels is not None:
+        b_kl = tl.load(key_labels + (i_row // N).to(tl.int64) * M + o_m, mask=m_m, other=-1)
+        m_m = m_m & (b_kl != tl.load(query_labels + i_row))
     return tl.where(m_m, b_x * scale, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["diagonal", "N", "M"])
 def exponentials_kernel(
-    logits, key_mask, scale, learned_scale, weights, total, top, shrink,
+    logits, key_mask, query_labels, key_labels, scale, learned_scale, weights, total, top, shrink,
     diagonal, N, M, stride_mg, BM: tl.constexpr,
 ):  # fmt: skip
     """Exponentials of one row, added to `total`. `top` and `shrink` may be None, as in the launcher."""
     i_row = tl.program_id(0)
-    b_x = _logits(logits, key_mask, scale, learned_scale, diagonal, N, M, stride_mg, BM)
+    b_x = _logits(
+        logits, key_mask, query_labels, key_labels, scale, learned_scale, diagonal, N, M, stride_mg, BM
+    )  # fmt: skip
     b_total = tl.load(total + i_row)
     if top is not None:
         b_before = tl.load(top + i_row)
@@ -61,12 +67,14 @@ def exponentials_kernel(
 
 @triton.jit(do_not_specialize=["diagonal", "N", "M"])
 def grad_weights_kernel(
-    logits, key_mask, scale, learned_scale, weights, lse, grad_rows,
+    logits, key_mask, query_labels, key_labels, scale, learned_scale, weights, lse, grad_rows,
     diagonal, N, M, stride_mg, BM: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of one row, times its gradient."""
     i_row = tl.program_id(0)
-    b_x = _logits(logits, key_mask, scale, learned_scale, diagonal, N, M, stride_mg, BM)
+    b_x = _logits(
+        logits, key_mask, query_labels, key_labels, scale, learned_scale, diagonal, N, M, stride_mg, BM
+    )  # fmt: skip
     b_p = tl.exp2((b_x - tl.load(lse + i_row)) * LOG2E) * tl.load(grad_rows + i_row)
     o_m = tl.arange(0, BM)
     p_out = weights + i_row.to(tl.int64) * M + o_m
@@ -78,6 +86,7 @@ def exponentials(
     scale: float | Tensor,
     seen: Tensor | None,
     diagonal: int | None,
+    labels: tuple[Tensor, Tensor] | None,
     total: Tensor,
     top: Tensor | None,
     subtract_max: bool,
@@ -86,11 +95,11 @@ def exponentials(
     """Exponentials of `scale * logits` `[G, N, M]` in `dtype`, and by how much earlier sums shrink.
 
     Updates `total` and `top` `[G, N]`. `seen` `[G, M]` are the keys that count; column
-    `row + diagonal` is excluded.
+    `row + diagonal` is excluded, and so are keys of the query's label: `[G, N]` and `[G, M]`.
     """
     weights = _weights(logits, dtype)
     shrink = torch.empty_like(total) if subtract_max else None
-    _launch(exponentials_kernel, logits, scale, seen, diagonal, weights, total, top, shrink)
+    _launch(exponentials_kernel, logits, scale, seen, diagonal, labels, weights, total, top, shrink)
     return weights, shrink
 
 
@@ -106,7 +115,7 @@ def grad_weights(
     """`exp(scale * logits - lse) * grad_rows` `[G, N, M]` in `dtype`, 0 where a key does not count."""
     weights = _weights(logits, dtype)
     rows = lse.contiguous(), grad_rows.contiguous()
-    _launch(grad_weights_kernel, logits, scale, seen, diagonal, weights, *rows)
+    _launch(grad_weights_kernel, logits, scale, seen, diagonal, None, weights, *rows)
     return weights
 
 
@@ -121,16 +130,18 @@ def _launch(
     scale: float | Tensor,
     seen: Tensor | None,
     diagonal: int | None,
+    labels: tuple[Tensor, Tensor] | None,
     *outputs: Tensor | None,
 ) -> None:
     batch, rows, columns = logits.shape
     if seen is not None and seen.stride(1) != 1:
         seen = seen.contiguous()
+    pair = (None, None) if labels is None else tuple(x.contiguous() for x in labels)
     learned = scale if isinstance(scale, Tensor) else None
     width = triton.next_power_of_2(columns)
     with torch.cuda.device_of(logits):
         kernel[(batch * rows,)](
-            logits, seen, 0.0 if isinstance(scale, Tensor) else scale, learned, *outputs,
+            logits, seen, *pair, 0.0 if isinstance(scale, Tensor) else scale, learned, *outputs,
             diagonal, rows, columns, 0 if seen is None else seen.stride(0), BM=width,
             num_warps=8 if width >= 2048 else 4,
         )  # fmt: skip

@@ -23,8 +23,8 @@ second one behind it: with three STAGES or more, every wait leads to an earlier 
 for ever. docs/inside_the_kernel.md shows it in a picture.
 
 Tiles that need a mask per element (the excluded diagonal, and the ragged last tile) come first, one at
-a time; the pipeline then runs without masks. Masked keys, a running maximum, and dtypes other than
-float16 and bfloat16 stay with the portable kernel: see `why_not_hopper` in `launch.py`.
+a time; the pipeline then runs without masks. Masked keys, labels, a running maximum, and dtypes other
+than float16 and bfloat16 stay with the portable kernel: see `why_not_hopper` in `launch.py`.
 
 Names as in `triton_kernels.py`: i_ program or tile number, o_ offsets, m_ mask, p_ pointers.
 """

@@ -23,14 +23,16 @@ class Launch(NamedTuple):
     resident: int
     masked: int = 32
     """Rows of a tile of keys where a mask is read with it, which needs more registers."""
+    labelled: int = 32
+    """The same where labels are compared."""
 
 
 # By architecture and padded width. The sm_80 tables fit the smaller shared memory of sm_86, sm_89 and
 # sm_120; sm_90 serves Hopper and data-centre Blackwell.
 LAUNCH = {
     "sm_90": {
-        64: Launch(64, 64, 4, 3, resident=4, masked=64),
-        128: Launch(64, 128, 4, 3, resident=2, masked=128),
+        64: Launch(64, 64, 4, 3, resident=4, masked=64, labelled=64),
+        128: Launch(64, 128, 4, 3, resident=2, masked=128, labelled=64),
         256: Launch(64, 64, 4, 2, resident=2),
     },
     "sm_80": {
@@ -41,7 +43,7 @@ LAUNCH = {
 }
 FLOAT32_LAUNCH = {
     "sm_90": {
-        64: Launch(64, 64, 4, 2, resident=3, masked=64),
+        64: Launch(64, 64, 4, 2, resident=3, masked=64, labelled=64),
         128: Launch(64, 32, 4, 2, resident=2),
     },
     "sm_80": {
@@ -81,6 +83,7 @@ def why_not_hopper(
     key_mask: Tensor | None,
     scale: float | Tensor,
     *,
+    labels: tuple[Tensor, Tensor] | None = None,
     subtract_max: bool,
     with_weighted_keys: bool,
     with_max: bool,
@@ -97,8 +100,8 @@ def why_not_hopper(
         return f"it needs triton {HOPPER_TRITON[0]}.{HOPPER_TRITON[1]} or later"
     if query.dtype not in (torch.float16, torch.bfloat16) or keys.dtype != query.dtype:
         return "query and keys must both be float16 or both bfloat16"
-    if key_mask is not None or isinstance(scale, Tensor):
-        return "it takes no mask of keys and no learned scale"
+    if key_mask is not None or labels is not None or isinstance(scale, Tensor):
+        return "it takes no mask of keys, no labels and no learned scale"
     if subtract_max or with_max or not with_weighted_keys:
         return "it subtracts no maximum, returns none, and always computes the gradient"
     if not 32 < query.shape[2] <= 256 or keys.shape[1] == 0:

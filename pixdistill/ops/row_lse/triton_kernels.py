@@ -61,7 +61,7 @@ def _key_tile(
 
 @triton.jit
 def _step(
-    b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset,
+    b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset, b_ql, p_labels,
     SUBTRACT_MAX: tl.constexpr, WITH_KEYS: tl.constexpr, WITH_MAX: tl.constexpr,
     PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -71,6 +71,9 @@ def _step(
         m_x = m_m[None, :]
         if exclude_offset is not None:
             m_x = m_x & (o_m[None, :] != o_n[:, None] + exclude_offset)
+        if p_labels is not None:
+            b_kl = tl.maximum(tl.load(p_labels + o_m, mask=m_m, other=-1), -1)
+            m_x = m_x & (b_kl[None, :] != b_ql[:, None])
         b_x = tl.where(m_x, b_x, float("-inf"))
     if SUBTRACT_MAX:
         b_new = tl.maximum(b_top, tl.max(b_x, 1))  # [BN]
@@ -93,18 +96,20 @@ def _step(
 
 @triton.jit(do_not_specialize=["exclude_offset", "G", "N", "M", "tiles_per_split"])
 def row_lse_kernel(
-    query, keys, key_mask, scale, learned_scale, lse, weighted_keys, max_logit,
+    query, keys, key_mask, query_labels, key_labels, scale, learned_scale,
+    lse, weighted_keys, max_logit,
     exclude_offset, G, N, M, tiles_per_split,
-    stride_qg, stride_kg, stride_mg,
+    stride_qg, stride_kg, stride_mg, stride_lg,
     BN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, weighted keys and largest logit of BN queries over one split of the keys.
 
-    Rows of query, keys and mask are contiguous; so are the outputs, [S, G, N] and [S, G, N, D].
-    `key_mask`, `learned_scale`, `weighted_keys`, `max_logit` and `exclude_offset` may be None.
-    Neighbouring programs stream the same keys.
+    Rows of query, keys, mask and labels are contiguous; so are the outputs, [S, G, N] and
+    [S, G, N, D]. `key_mask`, both labels, `learned_scale`, `weighted_keys`, `max_logit` and
+    `exclude_offset` may be None. Neighbouring programs stream the same keys.
     """
+    PER_KEY: tl.constexpr = key_mask is not None or key_labels is not None
     WITH_KEYS: tl.constexpr = weighted_keys is not None
     WITH_MAX: tl.constexpr = max_logit is not None
     n_tiles = tl.cdiv(N, BN)
@@ -121,6 +126,11 @@ def row_lse_kernel(
     o_kd = tl.arange(0, BM)[:, None] * BD + o_d[None, :]
     p_keys = keys + i_g * stride_kg
     p_mask = None if key_mask is None else key_mask + i_g * stride_mg
+    p_labels = None if key_labels is None else key_labels + i_g * stride_lg
+    b_ql = None
+    if query_labels is not None:  # a negative one equals none of the keys', which are at least -1
+        b_ql = tl.load(query_labels + i_g * N + o_n, mask=m_n, other=-1)
+        b_ql = tl.where(b_ql < 0, -2, b_ql)
     c = scale * LOG2E
     if learned_scale is not None:
         c = tl.load(learned_scale).to(tl.float32) * LOG2E
@@ -140,8 +150,8 @@ def row_lse_kernel(
         end = tl.cdiv(tl.maximum((i_n + 1) * BN + exclude_offset, 0), BM)
         skip_from = tl.minimum(tl.maximum(begin, first), whole)
         skipped = tl.minimum(tl.maximum(end, skip_from), whole) - skip_from
-    STAGES: tl.constexpr = 1 if key_mask is None else None  # a few careful tiles need no pipeline
-    if key_mask is not None:
+    STAGES: tl.constexpr = None if PER_KEY else 1  # a few careful tiles need no pipeline
+    if PER_KEY:
         skip_from = first
         skipped = whole - first
     else:
@@ -149,7 +159,7 @@ def row_lse_kernel(
             first_key = tl.where(i < skip_from, i, i + skipped) * BM
             b_k, o_m, m_m = _key_tile(p_keys, p_mask, first_key, o_kd, M, BM, BD, False)
             b_acc, b_sum, b_top = _step(
-                b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset,
+                b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset, b_ql, p_labels,
                 SUBTRACT_MAX, WITH_KEYS, WITH_MAX, PRECISION, False,
             )  # fmt: skip
     o_cd = tl.arange(0, BC)[:, None] * BD + o_d[None, :]
@@ -159,7 +169,7 @@ def row_lse_kernel(
         first_key = i_tile * BM + i % (BM // BC) * BC
         b_k, o_m, m_m = _key_tile(p_keys, p_mask, first_key, o_cd, M, BC, BD, True)
         b_acc, b_sum, b_top = _step(
-            b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset,
+            b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset, b_ql, p_labels,
             SUBTRACT_MAX, WITH_KEYS, WITH_MAX, PRECISION, True,
         )  # fmt: skip
 
@@ -276,6 +286,7 @@ def row_lse(
     scale: float | Tensor,
     key_mask: Tensor | None,
     exclude_offset: int | None,
+    labels: tuple[Tensor, Tensor] | None = None,
     *,
     subtract_max: bool,
     with_weighted_keys: bool,
@@ -291,7 +302,7 @@ def row_lse(
     (groups, rows, width), columns = query.shape, keys.shape[1]
     if hopper is None:
         hopper = launch is None and not why_not_hopper(
-            query, keys, key_mask, scale,
+            query, keys, key_mask, scale, labels=labels,
             subtract_max=subtract_max, with_weighted_keys=with_weighted_keys, with_max=with_max,
         )  # fmt: skip
     operands = (query, keys, None) if hopper else _operands(query, keys, key_mask)
@@ -303,7 +314,9 @@ def row_lse(
     parts = outputs
     if lse.numel() > 0:
         launch = launch or launch_of(query.device, operands[0].dtype, padded, hopper)
-        careful = min(launch.BM, 32 if key_mask is None else launch.masked)
+        careful = 32 if key_mask is None else launch.masked
+        careful = min(launch.BM, careful if labels is None else launch.labelled)
+        query_labels, key_labels = labels or (None, None)
         programs = triton.cdiv(rows, launch.BN) * groups
         tiles = triton.cdiv(columns, launch.BM)
         splits, per_split = splits_of(programs, tiles, launch, query.device, splits)
@@ -318,8 +331,9 @@ def row_lse(
                 )
             else:
                 row_lse_kernel[(programs * splits,)](
-                    *operands, *_number_and_pointer(scale), *parts, exclude_offset,
-                    groups, rows, columns, per_split, *_batch_strides(operands),
+                    *operands, query_labels, key_labels, *_number_and_pointer(scale), *parts,
+                    exclude_offset, groups, rows, columns, per_split,
+                    *_batch_strides((*operands, key_labels)),
                     BN=launch.BN, BM=launch.BM, BC=careful, BD=padded,
                     SUBTRACT_MAX=subtract_max, PRECISION=_precision(query),
                     num_warps=launch.warps, num_stages=launch.stages,
