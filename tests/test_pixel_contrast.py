@@ -1293,14 +1293,15 @@ def test_weighted_keys_of_many_blocks_are_rounded_once(backend):
     device = device_of(backend)
     student, teacher = (x.to(device, torch.bfloat16) for x in maps(1, 6, 8, 8))
 
-    def blocks(keys, mask):
-        return ((keys[i : i + 1], mask, -i) for i in range(len(keys)))
+    def blocks(keys, mask, labels):
+        return ((keys[i : i + 1], mask, -i, labels) for i in range(len(keys)))
 
     def gradient(student, backend, exchange=None):
         student = student.detach().requires_grad_()
         loss, _ = contrast.contrast(
-            student, teacher, 1.0, negatives="batch", queue_keys=None, valid_mask=None,
-            normalize=True, reduction="sum", backend=backend, exchange=exchange,
+            student, teacher, 1.0, negatives="batch", queue_keys=None, queue_labels=None,
+            valid_mask=None, labels=None, normalize=True, reduction="sum", backend=backend,
+            exchange=exchange,
         )  # fmt: skip
         return torch.autograd.grad(loss, student)[0].double().cpu()
 
