@@ -96,9 +96,7 @@ def pixel_contrast_loss(
         _checks.shaped("queue_keys", queue_keys, ("K", student.shape[-1]), student)
     check_both(labels, student.shape[:-1], student, queue_keys, queue_labels)
     if negatives is None and queue_keys is None:
-        raise ValueError(
-            "queue_keys must be given with negatives=None: there would be no negatives"
-        )
+        raise ValueError("queue_keys must be given with negatives=None: there are no negatives")
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, REDUCTIONS)
     _checks.choice("backend", backend, BACKENDS)
@@ -146,7 +144,6 @@ class PixelContrastLoss(nn.Module):
     Shapes: student and teacher `[B, C, *spatial]` with one, two or three spatial axes; project the
     student to the teacher's channels and size first. `valid_mask` `[B, *spatial]`, True = used. The
     tokens `[B, N, C]` of a ViT would count as N channels: pass them through `tokens_to_map`.
-
     `labels` `[B, *spatial]`, integers below 2^31: teacher pixels of the anchor's label are not its
     negatives, while the one at its own position stays the positive. A negative label matches nothing.
     The queue needs labels too: `PixelQueue(..., labels=True)`.
