@@ -1227,7 +1227,11 @@ FUNCTIONS = {
     ),
     "masked_distillation_loss": lambda x: (
         x,
-        {"teacher": beside(x), "masks": beside(x[:, :3]), "weights": beside(x, len(x), 3)},
+        {
+            "teacher": beside(x),
+            "masks": beside(x[:, :3]),
+            "weights": beside(x, len(x), min(3, x.shape[1])),
+        },
     ),
     "af_dcd_loss": lambda x: (x, {"teacher": beside(x)}, {**GROUPS, "pool_size": None}),
     "row_lse": lambda x: (x, {"keys": beside(x)}, {"scale": 1.0}),

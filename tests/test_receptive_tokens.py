@@ -255,6 +255,14 @@ def test_a_replaced_convolution_is_read_or_refused(layer):
             tokens.weights(x)
 
 
+def test_tokens_without_data_are_named():
+    """PyTorch's product of a map and tokens on the meta device is whatever the memory held."""
+    tokens, x = build(dtype=torch.float32).to("meta"), a_map(2, 4, 5, 6).float()
+    for call in (tokens.masks, tokens.weights, tokens):
+        with pytest.raises(ValueError, match=r"MaskedReceptiveTokens must be .* cpu; got meta"):
+            call(x)
+
+
 def test_vmap_keeps_the_gradient_of_the_map():
     tokens, x = build(), a_map(3, 2, 4, 5, 6).requires_grad_()
     for function in (tokens.masks, tokens.weights, lambda one: tokens(one)[0]):
