@@ -23,6 +23,9 @@ from pixdistill.ops.row_lse import launch
 TOLERANCE = {torch.bfloat16: (2e-5, 1.6e-2), torch.float16: (2e-5, 2e-3)}
 CHECKED_ROWS = 512  # against float64, drawn from all rows
 
+Labels = tuple[Tensor, Tensor]
+"""Of queries and of keys: integers, of which equal ones do not meet."""
+
 
 class Problem(NamedTuple):
     """One draw."""
@@ -36,6 +39,7 @@ class Problem(NamedTuple):
     scale: float
     exclude_offset: int | None
     masked: bool
+    labelled: bool
     subtract_max: bool
     with_max: bool
     splits: int | None
@@ -61,14 +65,20 @@ def draw(rng: random.Random, small: bool) -> Problem:
         scale=rng.choice((1.0, 5.0, 1 / 0.07 if dtype == torch.bfloat16 else 8.0)),
         exclude_offset=rng.choice((None, 0, rng.randrange(-rows - 2, columns + 2))),
         masked=not plain and rng.random() < 0.5,
+        labelled=not plain and rng.random() < 0.3,
         subtract_max=not plain and rng.random() < 0.5,
         with_max=not plain and rng.random() < 0.5,
         splits=rng.choice((None, None, 1, 2, 3, 7)),
     )
 
 
-def tensors(problem: Problem, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Unit vectors in clusters, so that softmaxes are neither flat nor of one key."""
+def tensors(
+    problem: Problem, device: str, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None, Labels | None]:
+    """Unit vectors in clusters, so that softmaxes are neither flat nor of one key; mask and labels.
+
+    Labels are the clusters; one in eight is negative and matches nothing.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -76,24 +86,33 @@ def tensors(problem: Problem, device: str, seed: int) -> tuple[Tensor, Tensor, T
 
     centres = randn(16, problem.width)
     groups = 1 if problem.shared_keys else problem.groups
-    sides = []
+    sides, labels = [], []
     for count, rows in ((problem.groups, problem.rows), (groups, problem.columns)):
         cluster = torch.randint(16, (count, rows), device=device, generator=generator)
         sides.append(F.normalize(centres[cluster] + randn(count, rows, problem.width), dim=-1))
+        labels.append((cluster - 2).int())
     query, keys = (side.to(problem.dtype) for side in sides)
     mask = None
     if problem.masked:
         mask = torch.rand(groups, problem.columns, device=device, generator=generator) < 0.7
-    return query, keys, mask
+    return query, keys, mask, (labels[0], labels[1]) if problem.labelled else None
 
 
 def truth(
-    problem: Problem, query: Tensor, keys: Tensor, mask: Tensor | None, rows: Tensor
+    problem: Problem,
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    labels: Labels | None,
+    rows: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lse, weighted keys and largest logit of some rows, dense, in float64."""
     logits = problem.scale * (query[:, rows].double() @ keys.double().mT)
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    if labels is not None:
+        own, other = labels[0][:, rows].unsqueeze(2), labels[1].unsqueeze(1)
+        logits = logits.masked_fill((own == other) & (own >= 0), -torch.inf)
     if problem.exclude_offset is not None:
         column = torch.arange(problem.columns, device=query.device)
         hidden = column == (rows + problem.exclude_offset).unsqueeze(1)
@@ -103,7 +122,14 @@ def truth(
     return lse, weights @ keys.double(), logits.amax(dim=-1)
 
 
-def solve(problem: Problem, hopper: bool, query: Tensor, keys: Tensor, mask: Tensor | None):
+def solve(
+    problem: Problem,
+    hopper: bool,
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    labels: Labels | None,
+):
     """lse, weighted keys and largest logit by one of the kernels."""
     from pixdistill.ops.row_lse import triton_kernels  # loads triton
 
@@ -113,6 +139,7 @@ def solve(problem: Problem, hopper: bool, query: Tensor, keys: Tensor, mask: Ten
         problem.scale,
         mask,
         problem.exclude_offset,
+        labels,
         subtract_max=problem.subtract_max,
         with_weighted_keys=True,
         with_max=problem.with_max,
@@ -156,15 +183,16 @@ def run(options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     while time.monotonic() < end:
         problem = draw(rng, small=options.device == "cpu")
-        query, keys, mask = tensors(problem, options.device, rng.randrange(2**31))
+        query, keys, mask, labels = tensors(problem, options.device, rng.randrange(2**31))
         rows = torch.randperm(problem.rows, device=query.device)[:CHECKED_ROWS]
-        exact = truth(problem, query, keys, mask, rows)
+        exact = truth(problem, query, keys, mask, labels, rows)
         kernels = [False]
         reason = launch.why_not_hopper(
             query,
             keys,
             mask,
             problem.scale,
+            labels=labels,
             subtract_max=problem.subtract_max,
             with_weighted_keys=True,
             with_max=problem.with_max,
@@ -173,8 +201,8 @@ def run(options: argparse.Namespace) -> int:
             kernels.append(True)
         for hopper in kernels:
             name = "hopper" if hopper else "portable"
-            first = solve(problem, hopper, query, keys, mask)
-            again = solve(problem, hopper, query, keys, mask)
+            first = solve(problem, hopper, query, keys, mask, labels)
+            again = solve(problem, hopper, query, keys, mask, labels)
             same = all(a is None or torch.equal(a, b) for a, b in zip(first, again, strict=True))
             found = errors(problem, first, exact, rows)
             limits = TOLERANCE[problem.dtype]
@@ -185,7 +213,7 @@ def run(options: argparse.Namespace) -> int:
             worst[name] = [max(pair) for pair in zip(worst[name], found, strict=True)]
             flags = [
                 f
-                for f in ("masked", "subtract_max", "with_max", "shared_keys")
+                for f in ("masked", "labelled", "subtract_max", "with_max", "shared_keys")
                 if getattr(problem, f)
             ]
             flags += ["excluded"] if problem.exclude_offset is not None else []

@@ -73,7 +73,7 @@ def pixel_contrast_loss(
         normalize: divide by the L2 norm first. A vector of norm <= 1e-12 counts as zero, with zero
             gradient; one whose squares overflow float32, of norm 1.8e19, gives NaN.
         reduction: "mean" over valid vectors, "sum", or "none" for `[..., N]` with 0 where invalid.
-        backend: "auto", "triton", "torch" or "reference", see `ops.backend`.
+        backend: "auto", "triton", "torch" or "reference", see the page "Installation".
 
     Returns:
         A scalar, or `[..., N]`: float64 for float64 input and float32 otherwise. Zero, and still
@@ -132,7 +132,7 @@ class PixelContrastLoss(nn.Module):
             `PixelQueue` holds unit vectors in any case, so that it suits False only for maps of such.
         learnable_temperature: learn tau; the parameter is its logarithm, `log_temperature`.
         reduction: "mean" over valid pixels, "sum", or "none" for a loss per pixel `[B, *spatial]`.
-        backend: "auto", "triton", "torch" or "reference", see `ops.backend`.
+        backend: "auto", "triton", "torch" or "reference", see the page "Installation".
         gather_distributed: compute what one process would on the batches of all ranks together: the
             teacher pixels of all ranks are "batch" negatives, and mean and sum are scaled by the
             number of ranks, so that DDP's and FSDP's average over ranks is the loss, and the
