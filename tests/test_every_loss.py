@@ -62,6 +62,24 @@ from pixdistill import (
 loss_names = pytest.mark.parametrize("name", LOSSES)
 all_names = pytest.mark.parametrize("name", ALL)
 backends = pytest.mark.parametrize("backend", BACKENDS)
+
+SAME_KERNELS = ("masked, levels", "af_dcd, aligned")
+"""What they add to another case is PyTorch's: the interpreter need not run it."""
+
+
+def on_backends(names):
+    """Losses on every backend, modules once."""
+    pairs = [
+        (backend, name)
+        for backend in BACKENDS
+        for name in names
+        if backend == "torch"
+        or (name in LOSSES and (backend == "reference" or name not in SAME_KERNELS))
+    ]
+    return pytest.mark.parametrize(("backend", "name"), pairs)
+
+
+each_loss, everything = on_backends(LOSSES), on_backends(ALL)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -99,8 +117,7 @@ def test_equals_the_loss_as_people_write_it(name, masked, size):
     assert_same(outcome(loss, *maps, valid=valid), plain(name, loss, *maps, valid), 1e-11)
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_error_stays_within_twice_plain_pytorch(name, backend, dtype, masked):
@@ -118,8 +135,7 @@ def test_error_stays_within_twice_plain_pytorch(name, backend, dtype, masked):
             assert_within_budget(mine, other, right, 4 * tiny)
 
 
-@loss_names
-@backends
+@each_loss
 def test_autocast_stays_within_twice_plain_pytorch(name, backend):
     """float32 maps and parameters under autocast to bfloat16."""
     device = device_of(backend)
@@ -181,13 +197,10 @@ LAYOUTS = {
 }
 
 
-@all_names
+@everything
 @pytest.mark.parametrize("layout", LAYOUTS)
-@backends
 def test_any_layout_gives_the_same(name, layout, backend):
     """Strides of student, teacher and mask change neither value nor gradients."""
-    if name in MODULES and backend != "torch":
-        pytest.skip("has no backends")
     strided = [LAYOUTS[layout](x) for x in inputs(name)]
     maps = [x.clone(memory_format=torch.contiguous_format) for x in strided]
     valid = some_valid() if name in LOSSES else None
@@ -208,8 +221,7 @@ def test_inputs_are_left_as_they_were(name):
 # --- Nothing to compare, masks, NaN ---------------------------------------------------------------
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.parametrize("what", ["no image", "no valid pixel", "no image and a mask"])
 def test_nothing_to_compare_is_zero_attached_to_the_graph(name, backend, what):
     batch = 2 if what == "no valid pixel" else 0
@@ -227,8 +239,7 @@ def test_nothing_to_compare_is_zero_attached_to_the_graph(name, backend, what):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_an_axis_of_size_zero_is_named_or_gives_zero(name, backend, axis):
     student, teacher = (x.narrow(axis, 0, 0).to(device_of(backend)) for x in inputs(name))
@@ -250,8 +261,7 @@ def test_an_empty_batch_of_maps(name):
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in came.grads)
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_invalid_pixels_may_hold_anything(name, backend, poison):
     """`valid_mask` deletes pixels: what they hold reaches neither value nor any gradient."""
@@ -266,8 +276,7 @@ def test_invalid_pixels_may_hold_anything(name, backend, poison):
     assert clean.value.item() != outcome(build(name, backend), *maps).value.item()
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.filterwarnings(
     "ignore:All-NaN slice:RuntimeWarning"
 )  # Triton's interpreter, of a maximum
@@ -281,8 +290,7 @@ def test_nan_at_a_valid_pixel_shows(name, backend, side):
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-@loss_names
-@backends
+@each_loss
 def test_the_teacher_never_gets_a_gradient(name, backend):
     """Also where it requires one; and no buffer of a loss changes by a call."""
     loss, device = build(name, backend), device_of(backend)
@@ -308,8 +316,7 @@ def test_a_teacher_that_is_the_student_is_detached(name):
     assert torch.equal(*grads)
 
 
-@loss_names
-@backends
+@each_loss
 def test_backward_twice_and_scaled(name, backend):
     """Nothing that backward needs is changed by it, and gradients are linear in the cotangent."""
     loss = build(name, backend)
@@ -336,8 +343,7 @@ def test_parameters_of_a_loss_train_with_a_frozen_student(name):
         assert_close(parameter.grad, grad, 1e-6)
 
 
-@loss_names
-@backends
+@each_loss
 def test_teacher_and_mask_may_come_from_inference_mode(name, backend):
     plainly = outcome(build(name, backend), *inputs(name), valid=some_valid())
     loss, device = build(name, backend), device_of(backend)
@@ -350,8 +356,7 @@ def test_teacher_and_mask_may_come_from_inference_mode(name, backend):
     assert_close(student.grad, plainly.grads[0], 1e-6)
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_map_that_is_overwritten_before_backward_is_refused_or_kept(name, backend, side):
     """Never a wrong gradient."""
@@ -370,8 +375,7 @@ def test_a_map_that_is_overwritten_before_backward_is_refused_or_kept(name, back
         assert_close(leaf.grad, plainly.grads[0], float32_tolerance(backend))
 
 
-@loss_names
-@backends
+@each_loss
 @pytest.mark.parametrize(
     ("student_dtype", "teacher_dtype"),
     [
@@ -414,8 +418,7 @@ def test_student_and_teacher_swapped_is_named(name):
         build(name)(student, teacher)
 
 
-@loss_names
-@backends
+@each_loss
 def test_double_backward_raises_or_is_right(name, backend):
     loss = build(name, backend, torch.float64 if backend != "triton" else torch.float32)
     maps = [x.to(loss_dtype(loss), copy=True) for x in inputs(name)]
@@ -698,8 +701,8 @@ def test_exports(name):
 @all_names
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_same_bits_twice(name, backend):
-    if name in MODULES and backend == "triton":
-        pytest.skip("has no backends")
+    if backend == "triton" and name in (*MODULES, *SAME_KERNELS):
+        pytest.skip("has no kernels of its own")
     valid = some_valid() if name in LOSSES else None
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -735,11 +738,8 @@ class Tagged(Tensor):
         return type(self)(self.as_subclass(Tensor).new_empty(tuple(size), **options))
 
 
-@all_names
-@backends
+@everything
 def test_tensors_that_carry_metadata(name, backend):
-    if name in MODULES and backend != "torch":
-        pytest.skip("has no backends")
     plainly = outcome(build(name, backend), *inputs(name))
     device = device_of(backend)
     maps = [Tagged(x.to(device)) for x in inputs(name)]
