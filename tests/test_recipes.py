@@ -223,6 +223,7 @@ def test_the_parts_of_the_segmentation_loss(tmp_path):
     tokens = MaskedReceptiveTokens(21, 8, weighted=False)
     model = segmentation.Distiller(args, teacher, student, tokens).eval()
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 21, (2, 64, 64))
+    labels = labels[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2) % 5
     labels[:, :16] = 255  # two rows of a map of stride 8
     parts = model(images, labels)
 
@@ -247,6 +248,11 @@ def test_the_parts_of_the_segmentation_loss(tmp_path):
     contrast = PixelContrastLoss(negatives="image")
     projected = model.project(maps["out"])[:, :, 2:]
     torch.testing.assert_close(parts["pcd"], contrast(projected, target[:, :, 2:]))
+    args.pcd_labels = True  # a pixel's class, from the middle of its 8 x 8 labels
+    classes = labels[:, 4::8, 4::8][:, 2:]
+    expected = contrast(projected, target[:, :, 2:], labels=classes)
+    assert not torch.isclose(expected, parts["pcd"], rtol=1e-3)
+    torch.testing.assert_close(model(images, labels)["pcd"], expected)
     expected = model.criteria["af_dcd"](maps["out"], target, valid_mask=valid)
     torch.testing.assert_close(parts["af_dcd"], expected)
     torch.testing.assert_close(parts["loss"], sum(v for k, v in parts.items() if k != "loss"))

@@ -51,6 +51,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--token-std", type=float, default=0.01, help="of the initial tokens; larger may help")
     add("--pcd-weight", type=float, default=1.0)
     add("--pcd-negatives", choices=("batch", "image"), default="image")
+    add("--pcd-labels", action="store_true", help="pixels of one class are not negatives")
     add("--weight-decay", type=float, default=1e-4)
     add("--crop", type=int, nargs=2, help="height and width of training images")
     add("--scale", type=float, nargs=2, default=(0.5, 2.0), help="range of the random scale")
@@ -196,7 +197,9 @@ class Distiller(nn.Module):
             distance = self.criteria["maskd"](logits, target_logits, valid_mask=valid)
             parts["maskd"] = args.maskd_weight * distance
         if "pcd" in args.losses:
-            contrast = self.criteria["pcd"](self.project(features), target, valid_mask=valid)
+            classes = labels if args.pcd_labels else None
+            projected = self.project(features)
+            contrast = self.criteria["pcd"](projected, target, valid_mask=valid, labels=classes)
             parts["pcd"] = args.pcd_weight * contrast
         return summed(parts)
 
