@@ -447,11 +447,13 @@ def test_queues_are_equal_to_the_bit_after_every_enqueue(world, dtype, pooled):
 def share_on_rank(rank):
     """Queues before and after `share`, a change, a second `share`, and after a reset."""
     torch.manual_seed(rank)
-    queue = PixelQueue(3, 4, gather_distributed=True)
+    queue = PixelQueue(3, 4, gather_distributed=True, labels=True)
     own = PixelQueue(3, 4)
     own_before = own.keys.clone()
     queue.ptr.fill_(rank + 1)
+    queue.key_labels.fill_(rank + 5)
     queue.share()
+    assert (queue.key_labels == 5).all()
     shared, ptr = queue.keys.clone(), int(queue.ptr)
     own.share()
     assert torch.equal(own.keys, own_before)
