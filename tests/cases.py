@@ -269,7 +269,9 @@ def cotangent(result: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(result.shape, generator=generator, dtype=torch.float32).to(result)
 
 
-def outcome(module: nn.Module, *maps: Tensor, valid: Tensor | None = None) -> Result:
+def outcome(
+    module: nn.Module, *maps: Tensor, valid: Tensor | None = None, **options: Any
+) -> Result:
     """Value of a call, and gradients of the first map and of all parameters, on the CPU.
 
     The gradients are those of a fixed combination of all results, and zero where there is none.
@@ -279,7 +281,8 @@ def outcome(module: nn.Module, *maps: Tensor, valid: Tensor | None = None) -> Re
     first = maps[0].to(device)
     if not first.requires_grad:
         first = first.detach().requires_grad_()  # not cloned: its strides stay
-    options = {} if valid is None else {"valid_mask": valid.to(device)}
+    if valid is not None:
+        options["valid_mask"] = valid.to(device)
     results = module(first, *(x.to(device) for x in maps[1:]), **options)
     results = [results] if isinstance(results, Tensor) else list(results)
     generator = torch.Generator().manual_seed(4)

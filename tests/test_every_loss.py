@@ -485,34 +485,30 @@ def test_vmap_takes_a_teacher_that_requires_a_gradient(name):
 # --- torch.compile --------------------------------------------------------------------------------
 
 
-@all_names
-@pytest.mark.parametrize("masked", [False, True])
-def test_compiled_whole_equals_eager(name, masked):
-    """Without a break, values and all gradients; ten sizes are in test_training_loops.py."""
-    if masked and name in MODULES:
-        pytest.skip("takes no mask")
-    valid = some_valid() if masked else None
-    eager = outcome(build(name), *inputs(name), valid=valid)
+@loss_names
+def test_compiled_whole_equals_eager(name):
+    """With a mask and components, and all gradients; losses alone, and modules, in ten sizes are in
+    test_training_loops.py.
+    """
+    (student, teacher), options = inputs(name), {"valid": some_valid(), "return_components": True}
+    eager = outcome(build(name), student, teacher, **options)
     with fresh_compiler():
         compiled = torch.compile(build(name), fullgraph=True, backend="aot_eager")
-        assert_same(outcome(compiled, *inputs(name), valid=valid), eager, 1e-5)
+        assert_same(outcome(compiled, student, teacher, **options), eager, 1e-5)
+        maps = student.requires_grad_(), teacher
+        parts = compiled(*maps, valid_mask=some_valid(), return_components=True)
+    assert type(parts) is type(build(name)(*maps, return_components=True))
 
 
 @loss_names
 def test_components_start_with_the_loss(name):
-    """A NamedTuple whose first field is the loss: eager, compiled and wrapped in DDP."""
+    """A NamedTuple whose first field is the loss."""
     maps, valid = inputs(name), some_valid()
     value = build(name)(*maps, valid_mask=valid)
     parts = build(name)(*maps, valid_mask=valid, return_components=True)
     assert parts._fields[0] == "loss"
     assert torch.equal(parts.loss, value)
     assert build(name)(*maps, valid_mask=valid, return_components=False).shape == ()
-    with fresh_compiler():
-        compiled = torch.compile(build(name), fullgraph=True, backend="aot_eager")
-        again = compiled(*maps, valid_mask=valid, return_components=True)
-    assert type(again) is type(parts)
-    for one, other in zip(again, parts, strict=True):
-        assert_close(one, other, 1e-5)
 
 
 class Trained(nn.Module):
