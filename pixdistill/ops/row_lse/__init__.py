@@ -9,39 +9,21 @@ The gradient of a row with respect to its query is `scale` times the softmax-wei
 so a pass that sums both has the whole gradient when it ends, and backward is one multiplication. No
 N x M matrix exists at any time.
 
-`row_lse` is the public function. `row_lse_forward` and `row_lse_grad_keys` compute without checks and
-without autograd, for it and for other operators.
+`row_lse` is the public function. `passes.py` computes without checks and without autograd, for it and
+for other operators.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import (
-    Backend,
-    FirstOrderOnly,
-    choose,
-    no_autocast,
-    operand_dtype,
-    refuse_transforms,
-    sum_dtype,
-    why_no_kernel,
-)
-from . import chunked, reference
+from ..backend import Backend, FirstOrderOnly, operand_dtype, refuse_transforms, sum_dtype
+from . import reference
 from .arguments import check
-
-Scale = float | Tensor
-"""A number, or a 0-dim tensor where it is learned."""
-
-# Widest features of the fused kernel: wider tiles spill registers (`python -m benchmarks kernels`).
-_FUSED_WIDTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
-
-# Up to these bounds exp(logit) needs no maximum subtracted: neither it nor a sum of 2^31 of them
-# leaves the range of the dtype of the second product. float16 holds e^-9 as a normal number.
-_UNSHIFTED_BOUND = {torch.float16: 9.0, torch.bfloat16: 60.0, torch.float32: 60.0}
+from .passes import Scale, row_lse_forward, row_lse_grad_keys
+from .passes import why_not_triton as why_not_triton
 
 
 def row_lse(
@@ -89,37 +71,12 @@ def row_lse(
         >>> row_lse(query, keys, 0.5).shape
         torch.Size([2, 6])
     """
-    return row_lse_and_max(
-        query,
-        keys,
-        scale,
-        key_mask=key_mask,
-        exclude_offset=exclude_offset,
-        logit_bound=logit_bound,
-        backend=backend,
-        with_max=False,
-    )[0]
-
-
-def row_lse_and_max(
-    query: Tensor,
-    keys: Tensor,
-    scale: Scale,
-    *,
-    key_mask: Tensor | None = None,
-    exclude_offset: int | None = None,
-    logit_bound: float | None = None,
-    backend: Backend = "auto",
-    with_max: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """`row_lse`, and in the same pass the largest logit `[..., N]` of each query, without gradient."""
     scale, exclude_offset, logit_bound = check(
         query, keys, scale, key_mask, exclude_offset, logit_bound, backend
     )
     query = query.to(operand_dtype(query))
     if backend == "reference":
-        lse, max_logit = reference.row_lse(query, keys, scale, key_mask, exclude_offset)
-        return lse, max_logit if with_max else None
+        return reference.row_lse(query, keys, scale, key_mask, exclude_offset)[0]
 
     refuse_transforms("row_lse", query, keys)
     query, keys, key_mask = _same_batch(query, keys, key_mask)
@@ -130,121 +87,7 @@ def row_lse_and_max(
     )
     arguments = (query, keys, number, learned, key_mask, exclude_offset, logit_bound, backend)
     operator = row_lse_op if torch.compiler.is_compiling() else _RowLSE.apply
-    lse, _, max_logit = operator(*arguments, needs_grad, with_max)
-    return lse, max_logit if with_max else None
-
-
-def why_not_triton(query: Tensor) -> str | None:
-    """The reason why the fused kernel does not take this query, or None: what `backend="auto"` asks.
-
-    A pure predicate of device, dtype, width (the last axis) and the global float32 precision. Under
-    autocast, ask with a tensor of the autocast dtype.
-    """
-    if query.dtype not in _FUSED_WIDTH:
-        return f"it has no {query.dtype} form"
-    if query.shape[-1] > _FUSED_WIDTH[query.dtype]:
-        return (
-            f"it holds {query.dtype} features up to width {_FUSED_WIDTH[query.dtype]}, "
-            f"and these have {query.shape[-1]}"
-        )
-    reason = why_no_kernel(query.device)
-    if reason is not None:
-        return reason
-    if query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return (
-            'float32 at matmul precision "highest" asks for exact products; '
-            'torch.set_float32_matmul_precision("high") or autocast admits it'
-        )
-    return None
-
-
-# --- The pass, without checks and without autograd ------------------------------------------------
-
-
-def row_lse_forward(
-    query: Tensor,
-    keys: Tensor,
-    scale: Scale,
-    key_mask: Tensor | None = None,
-    exclude_offset: int | None = None,
-    labels: tuple[Tensor, Tensor] | None = None,
-    *,
-    logit_bound: float | None,
-    backend: Backend = "auto",
-    with_weighted_keys: bool = True,
-    with_max: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """lse `[G, N]`, weighted_keys `[G, N, D]` and max_logit `[G, N]`; the last two where asked for.
-
-    query `[G, N, D]`; keys `[G, M, D]`, or `[1, M, D]` that all share; key_mask `[G, M]` or `[1, M]`;
-    scale a number, or a 0-dim tensor in the dtype of sums. A key does not count for a query of the
-    same label, unless that is negative: labels, int32 and contiguous, are `[G, N]` of the queries and
-    `[G, M]`, or `[1, M]` as the keys. weighted_keys has the query's dtype, the
-    others the dtype of sums. Nothing is checked, and autocast changes nothing.
-    """
-    batch, rows, width = query.shape
-    folds = batch > 1 and _folds(keys, key_mask, exclude_offset)
-    if folds:  # shared keys: one long matrix of queries fills tiles better
-        query = query.reshape(1, batch * rows, width)
-        labels = None if labels is None else (labels[0].reshape(1, batch * rows), labels[1])
-    subtract_max = logit_bound is None or logit_bound > _UNSHIFTED_BOUND.get(query.dtype, 60.0)
-    with no_autocast(query.device):
-        lse, weighted_keys, max_logit = _implementation(query, backend).row_lse(
-            query,
-            keys,
-            scale,
-            key_mask,
-            exclude_offset,
-            labels,
-            subtract_max=subtract_max,
-            with_weighted_keys=with_weighted_keys,
-            with_max=with_max,
-        )
-    if folds:
-        lse = lse.view(batch, rows)
-        weighted_keys = None if weighted_keys is None else weighted_keys.view(batch, rows, width)
-        max_logit = None if max_logit is None else max_logit.view(batch, rows)
-    return lse, weighted_keys, max_logit
-
-
-def row_lse_grad_keys(
-    grad_rows: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    scale: Scale,
-    key_mask: Tensor | None,
-    exclude_offset: int | None,
-    lse: Tensor,
-    *,
-    backend: Backend = "auto",
-) -> Tensor:
-    """`(softmax(logits) * grad_rows[..., None]).mT @ query`, in the keys' shape and dtype.
-
-    `grad_rows` `[G, N]` is `scale` times the gradient of `lse` `[G, N]`; others as in
-    `row_lse_forward`. Probabilities are computed again, from lse.
-    """
-    batch, rows, width = query.shape
-    if batch > 1 and _folds(keys, key_mask, exclude_offset):
-        query = query.reshape(1, batch * rows, width)
-        grad_rows, lse = grad_rows.reshape(1, batch * rows), lse.reshape(1, batch * rows)
-    with no_autocast(query.device):
-        return _implementation(query, backend).row_lse_grad_keys(
-            grad_rows, query, keys, scale, key_mask, exclude_offset, lse
-        )
-
-
-def _folds(keys: Tensor, key_mask: Tensor | None, exclude_offset: int | None) -> bool:
-    """Whether queries of different batch entries see the same keys."""
-    shared_mask = key_mask is None or key_mask.shape[0] == 1
-    return keys.shape[0] == 1 and shared_mask and exclude_offset is None
-
-
-def _implementation(query: Tensor, backend: Backend) -> ModuleType:
-    if choose(backend, query.device, why_not_triton(query)) != "triton":
-        return chunked
-    from . import triton_kernels  # loads triton
-
-    return triton_kernels
+    return operator(*arguments, needs_grad)[0]
 
 
 # --- Autograd: any batch axes -----------------------------------------------------------------------
@@ -276,10 +119,9 @@ def _forward(
     logit_bound: float | None,
     backend: Any,
     with_weighted_keys: bool,
-    with_max: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """`row_lse_forward` for any batch axes, flattened to one."""
-    lse, weighted_keys, max_logit = row_lse_forward(
+    lse, weighted_keys, _ = row_lse_forward(
         _flat(query),
         _flat(keys),
         scale if learned_scale is None else learned_scale,  # type: ignore[arg-type]
@@ -288,14 +130,10 @@ def _forward(
         logit_bound=logit_bound,
         backend=backend,
         with_weighted_keys=with_weighted_keys,
-        with_max=with_max,
     )
-    shape = query.shape[:-1]
-    return (
-        lse.view(shape),
-        None if weighted_keys is None else weighted_keys.view(query.shape),
-        None if max_logit is None else max_logit.view(shape),
-    )
+    if weighted_keys is not None:
+        weighted_keys = weighted_keys.view(query.shape)
+    return lse.view(query.shape[:-1]), weighted_keys
 
 
 def _grad_keys(
@@ -331,9 +169,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     query, keys, ctx.scale, learned, key_mask, ctx.exclude_offset, _, ctx.backend, *_ = inputs
-    lse, weighted_keys, max_logit = output
-    unused = [extra for extra in (weighted_keys, max_logit) if extra is not None]
-    ctx.mark_non_differentiable(*unused)
+    lse, weighted_keys = output
+    if weighted_keys is not None:
+        ctx.mark_non_differentiable(weighted_keys)
     ctx.set_materialize_grads(False)
     needs_query, needs_keys, _, needs_scale = ctx.needs_input_grad[:4]
     # Frozen keys are not saved, so that a queue may be overwritten between forward and backward. The
@@ -352,7 +190,7 @@ def _backward(
     ctx: Any, grad_lse: Tensor | None, grad_keys_of: Callable[..., Tensor]
 ) -> tuple[Tensor | None, ...]:
     if grad_lse is None:
-        return (None,) * 10
+        return (None,) * 9
     query, keys, learned, key_mask, lse, weighted_keys = ctx.saved_tensors
     needs_query, needs_keys, _, needs_scale = ctx.needs_input_grad[:4]
     grad_query = grad_keys = grad_scale = None
@@ -382,14 +220,14 @@ def _backward(
             None if g is None else FirstOrderOnly.apply("row_lse", g, grad_lse, *ctx.saved_tensors)
             for g in grads
         )
-    return grad_query, grad_keys, None, grad_scale, None, None, None, None, None, None
+    return grad_query, grad_keys, None, grad_scale, None, None, None, None, None
 
 
 class _RowLSE(torch.autograd.Function):
     """The operator in eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         output = _forward(*inputs)
         _save(ctx, inputs, output)
         return output
@@ -413,36 +251,22 @@ def row_lse_op(
     logit_bound: float | None,
     backend: str,
     with_weighted_keys: bool,
-    with_max: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The same operator, registered with PyTorch; what was not asked for is empty."""
-    lse, weighted_keys, max_logit = _forward(
-        query,
-        keys,
-        scale,
-        learned_scale,
-        key_mask,
-        exclude_offset,
-        logit_bound,
-        backend,
+    lse, weighted_keys = _forward(
+        query, keys, scale, learned_scale, key_mask, exclude_offset, logit_bound, backend,
         with_weighted_keys,
-        with_max,
-    )
-    return (
-        lse,
-        query.new_empty(0) if weighted_keys is None else weighted_keys,
-        lse.new_empty(0) if max_logit is None else max_logit,
-    )
+    )  # fmt: skip
+    return lse, query.new_empty(0) if weighted_keys is None else weighted_keys
 
 
 @row_lse_op.register_fake
 def _(
     query: Tensor, keys: Tensor, scale: Any, learned_scale: Any, key_mask: Any, exclude_offset: Any,
-    logit_bound: Any, backend: str, with_weighted_keys: bool, with_max: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logit_bound: Any, backend: str, with_weighted_keys: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse = query.new_empty(query.shape[:-1], dtype=sum_dtype(query))
-    weighted_keys = query.new_empty(query.shape if with_weighted_keys else 0)
-    return lse, weighted_keys, lse.new_empty(lse.shape if with_max else 0)
+    return lse, query.new_empty(query.shape if with_weighted_keys else 0)
 
 
 @torch.library.custom_op("pixdistill::row_lse_grad_keys", mutates_args=())

@@ -1,4 +1,4 @@
-"""Fused Triton kernels of `row_lse`.
+"""Fused Triton kernels of the pass; `triton_grad_keys.py` has the gradient of the keys.
 
 One program owns a tile of BN queries and streams one split of the keys. The tile of keys in shared
 memory serves both products of a step, `x = q k^T` and `acc += exp(x) k`, and no tile of x leaves the
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    GRAD_KEYS_LAUNCH,
     JOIN_ELEMENTS,
     Launch,
     launch_of,
@@ -30,7 +29,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _dot(b_a, b_b, PRECISION: tl.constexpr):
+def dot(b_a, b_b, PRECISION: tl.constexpr):
     """Matrix product with float32 sums; "ieee" widens its operands first (the interpreter's way)."""
     if PRECISION == "ieee":
         b_a = b_a.to(tl.float32)
@@ -39,7 +38,7 @@ def _dot(b_a, b_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _key_tile(
+def key_tile(
     p_keys, p_mask, first, o_kd, M, BM: tl.constexpr, BD: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The keys from `first` on [BM, BD] and which of them count [BM]; the others are loaded as zero.
@@ -66,7 +65,7 @@ def _step(
     PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the sums of a tile of queries. Logits are in units of log 2."""
-    b_x = _dot(b_q, tl.trans(b_k), PRECISION) * c  # [BN, BM]
+    b_x = dot(b_q, tl.trans(b_k), PRECISION) * c  # [BN, BM]
     if CAREFUL:
         m_x = m_m[None, :]
         if exclude_offset is not None:
@@ -90,7 +89,7 @@ def _step(
             b_top = tl.maximum(b_top, tl.max(b_p, 1))
     b_sum += tl.sum(b_p, 1)
     if WITH_KEYS:
-        b_acc += _dot(b_p.to(b_k.dtype), b_k, PRECISION)  # [BN, BD]
+        b_acc += dot(b_p.to(b_k.dtype), b_k, PRECISION)  # [BN, BD]
     return b_acc, b_sum, b_top
 
 
@@ -157,7 +156,7 @@ def row_lse_kernel(
     else:
         for i in range(first, whole - skipped):
             first_key = tl.where(i < skip_from, i, i + skipped) * BM
-            b_k, o_m, m_m = _key_tile(p_keys, p_mask, first_key, o_kd, M, BM, BD, False)
+            b_k, o_m, m_m = key_tile(p_keys, p_mask, first_key, o_kd, M, BM, BD, False)
             b_acc, b_sum, b_top = _step(
                 b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset, b_ql, p_labels,
                 SUBTRACT_MAX, WITH_KEYS, WITH_MAX, PRECISION, False,
@@ -167,7 +166,7 @@ def row_lse_kernel(
         i_tile = i // (BM // BC)
         i_tile = tl.where(i_tile < skipped, skip_from + i_tile, whole + i_tile - skipped)
         first_key = i_tile * BM + i % (BM // BC) * BC
-        b_k, o_m, m_m = _key_tile(p_keys, p_mask, first_key, o_cd, M, BC, BD, True)
+        b_k, o_m, m_m = key_tile(p_keys, p_mask, first_key, o_cd, M, BC, BD, True)
         b_acc, b_sum, b_top = _step(
             b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset, b_ql, p_labels,
             SUBTRACT_MAX, WITH_KEYS, WITH_MAX, PRECISION, True,
@@ -233,50 +232,6 @@ def join_kernel(
         tl.store(max_logit + o_r, b_max, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["exclude_offset", "G", "N", "M", "tiles_per_split"])
-def row_lse_grad_keys_kernel(
-    query, keys, key_mask, scale, learned_scale, grad_rows, lse, grad_keys,
-    exclude_offset, G, N, M, tiles_per_split,
-    stride_qg, stride_kg, stride_mg,
-    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient of BM keys over one split of the queries: the forward pass with its roles swapped."""
-    m_tiles = tl.cdiv(M, BM)
-    i_m = tl.program_id(0) % m_tiles
-    i_sg = tl.program_id(0) // m_tiles
-    i_g = (i_sg % G).to(tl.int64)
-    i_s = i_sg // G
-    o_d = tl.arange(0, BD)
-    o_kd = tl.arange(0, BM)[:, None] * BD + o_d[None, :]
-    o_qd = tl.arange(0, BN)[:, None] * BD + o_d[None, :]
-    p_mask = None if key_mask is None else key_mask + i_g * stride_mg
-    b_k, o_m, m_m = _key_tile(keys + i_g * stride_kg, p_mask, i_m * BM, o_kd, M, BM, BD, True)
-    c = scale * LOG2E
-    if learned_scale is not None:
-        c = tl.load(learned_scale).to(tl.float32) * LOG2E
-    b_acc = tl.zeros([BM, BD], tl.float32)
-    first = i_s * tiles_per_split
-    p_q = query + i_g * stride_qg + (first * BN).to(tl.int64) * BD + o_qd
-    for i_n in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(N, BN))):
-        o_n = i_n * BN + tl.arange(0, BN)
-        m_n = o_n < N
-        b_q = tl.load(p_q, mask=m_n[:, None], other=0.0)  # [BN, BD]
-        p_q += BN * BD
-        b_lse = tl.load(lse + i_g * N + o_n, mask=m_n, other=float("-inf"))
-        b_grad = tl.load(grad_rows + i_g * N + o_n, mask=m_n, other=0.0)
-        b_x = _dot(b_k, tl.trans(b_q), PRECISION) * c  # [BM, BN]
-        m_x = m_m[:, None] & (b_lse != float("-inf"))[None, :]  # a row without keys has no p
-        if exclude_offset is not None:
-            m_x = m_x & (o_m[:, None] != o_n[None, :] + exclude_offset)
-        b_p = tl.where(m_x, tl.exp2(b_x - (b_lse * LOG2E)[None, :]), 0.0) * b_grad[None, :]
-        if b_q.dtype == tl.float16:  # p * grad is too small for float16: tf32 has its mantissa
-            b_acc += tl.dot(b_p, b_q.to(tl.float32), input_precision="tf32")
-        else:
-            b_acc += _dot(b_p.to(b_q.dtype), b_q, PRECISION)
-    p_out = grad_keys + (i_sg.to(tl.int64) * M + i_m * BM) * BD + o_kd
-    tl.store(p_out, b_acc.to(grad_keys.dtype.element_ty), mask=(o_m < M)[:, None])
-
-
 # --- Launchers ------------------------------------------------------------------------------------
 
 
@@ -295,17 +250,14 @@ def row_lse(
     launch: Launch | None = None,
     hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Same contract as `chunked.row_lse`.
-
-    `splits`, `launch` and `hopper` override the choice, for tests.
-    """
+    """Same contract as `chunked.row_lse`. `splits`, `launch` and `hopper` are for tests."""
     (groups, rows, width), columns = query.shape, keys.shape[1]
     if hopper is None:
         hopper = launch is None and not why_not_hopper(
             query, keys, key_mask, scale, labels=labels,
             subtract_max=subtract_max, with_weighted_keys=with_weighted_keys, with_max=with_max,
         )  # fmt: skip
-    operands = (query, keys, None) if hopper else _operands(query, keys, key_mask)
+    operands = (query, keys, None) if hopper else operands_of(query, keys, key_mask)
     padded = padded_width(width) if hopper else operands[0].shape[2]
     lse = query.new_empty((groups, rows), dtype=torch.float32)
     weighted_keys = query.new_empty((groups, rows, padded)) if with_weighted_keys else None
@@ -331,11 +283,11 @@ def row_lse(
                 )
             else:
                 row_lse_kernel[(programs * splits,)](
-                    *operands, query_labels, key_labels, *_number_and_pointer(scale), *parts,
+                    *operands, query_labels, key_labels, *number_and_pointer(scale), *parts,
                     exclude_offset, groups, rows, columns, per_split,
-                    *_batch_strides((*operands, key_labels)),
+                    *batch_strides((*operands, key_labels)),
                     BN=launch.BN, BM=launch.BM, BC=careful, BD=padded,
-                    SUBTRACT_MAX=subtract_max, PRECISION=_precision(query),
+                    SUBTRACT_MAX=subtract_max, PRECISION=precision_of(query),
                     num_warps=launch.warps, num_stages=launch.stages,
                 )  # fmt: skip
             if splits > 1:
@@ -348,49 +300,12 @@ def row_lse(
     return lse, weighted_keys, max_logit
 
 
-def row_lse_grad_keys(
-    grad_rows: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    scale: float | Tensor,
-    key_mask: Tensor | None,
-    exclude_offset: int | None,
-    lse: Tensor,
-    *,
-    splits: int | None = None,
-    launch: Launch | None = None,
-) -> Tensor:
-    """Same contract as `chunked.row_lse_grad_keys`. `splits` and `launch` are for tests."""
-    (groups, rows, width), (shared, columns, _) = query.shape, keys.shape
-    operands = _operands(query, keys, key_mask)
-    padded = operands[0].shape[2]
-    if keys.numel() == 0:
-        return torch.zeros_like(keys)
-    launch = launch or GRAD_KEYS_LAUNCH[max(64, padded)]
-    programs = triton.cdiv(columns, launch.BM) * groups
-    tiles = triton.cdiv(rows, launch.BN)
-    splits, per_split = splits_of(programs, tiles, launch, query.device, splits)
-    parts = splits * groups // shared  # to be added: also the batch entries of shared keys
-    grad_keys = keys.new_empty(
-        (parts, shared, columns, padded), dtype=keys.dtype if parts == 1 else torch.float32
-    )
-    with torch.cuda.device_of(query):
-        row_lse_grad_keys_kernel[(programs * splits,)](
-            *operands, *_number_and_pointer(scale), grad_rows.contiguous(), lse, grad_keys,
-            exclude_offset, groups, rows, columns, per_split, *_batch_strides(operands),
-            BN=launch.BN, BM=launch.BM, BD=padded, PRECISION=_precision(query),
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-    total = grad_keys[0] if parts == 1 else grad_keys.sum(dim=0).to(keys.dtype)
-    return total[..., :width]
-
-
-def _precision(query: Tensor) -> str:
+def precision_of(query: Tensor) -> str:
     """How float32 tiles are multiplied; the interpreter, on a CPU, has no matrix units to imitate."""
     return "tf32" if query.device.type == "cuda" else "ieee"
 
 
-def _operands(
+def operands_of(
     query: Tensor, keys: Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Query, keys and mask as the kernels read them: in place where it can be, else one copy.
@@ -416,12 +331,12 @@ def _operands(
     return operands[0], operands[1], key_mask
 
 
-def _batch_strides(operands: tuple[Tensor | None, ...]) -> list[int]:
+def batch_strides(operands: tuple[Tensor | None, ...]) -> list[int]:
     """Their strides along the batch: 0 where all entries share one."""
     return [0 if x is None or x.shape[0] == 1 else x.stride(0) for x in operands]
 
 
-def _number_and_pointer(scale: float | Tensor) -> tuple[float, Tensor | None]:
+def number_and_pointer(scale: float | Tensor) -> tuple[float, Tensor | None]:
     """A scale that is a number is an argument of the kernel; a learned one is read from memory."""
     return (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
 
