@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -71,3 +72,15 @@ def test_intervals_of_paired_differences():
     assert str(Interval(3.0, 2.0)) == "+3.00 (+1.00 to +5.00)*"
     assert str(Interval(-3.0, 2.0)).endswith("*")
     assert Interval.of([1.0]).margin == math.inf
+
+
+def test_the_page_shows_what_was_measured():
+    from study import PARTS
+    from study_report import tables
+
+    results = json.loads((ROOT / "docs/study/results.json").read_text())
+    page = (ROOT / "docs/study.md").read_text()
+    parts = re.findall(r"<!-- ([\w-]+) -->\n\n\|", page)
+    assert parts[:2] == ["budget", "few-labels"]
+    for part in parts:
+        assert tables(part, PARTS[part], results) in page, part

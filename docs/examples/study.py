@@ -1,7 +1,7 @@
 """Which loss helps, by how much, for how long: a study on scenes of handwritten digits.
 
-    python docs/examples/study.py            # all parts, 20 minutes on two CPU cores
-    python docs/examples/study.py --quick    # all parts with fewer seeds and steps, 3 minutes
+    python docs/examples/study.py            # all parts, about 20 minutes on two CPU cores
+    python docs/examples/study.py --quick    # all parts with fewer seeds and steps, about 3 minutes
     python docs/examples/study.py few-labels # one part
 
 Parts:
