@@ -71,7 +71,7 @@ def pixel_contrast_loss(
         labels: `[..., N]`, integers below 2^31. Vectors of the anchor's label are not its negatives;
             row n of the teacher stays its positive. A negative label matches nothing.
         normalize: divide by the L2 norm first. A vector of norm <= 1e-12 counts as zero, with zero
-            gradient; one whose squares overflow float32, of norm 1.8e19, gives NaN.
+            gradient; one whose squares overflow float32, of norm above 1.84e19, gives NaN.
         reduction: "mean" over valid vectors, "sum", or "none" for `[..., N]` with 0 where invalid.
         backend: "auto", "triton", "torch" or "reference", see the page "Installation".
 
@@ -107,7 +107,7 @@ def pixel_contrast_loss(
         student.reshape(batch, *student.shape[-2:]).mT,
         teacher.reshape(batch, *student.shape[-2:]).mT,
         1.0 / _checks.temperature(temperature, student),
-        negatives=None if negatives is None else "image",
+        negatives=None if negatives is None else "image",  # a batch entry is one image
         queue_keys=queue_keys,
         queue_labels=queue_labels,
         valid_mask=valid_mask,

@@ -264,6 +264,15 @@ def test_backends_agree_and_terms_are_not_negative(problem, contrast, tied):
             assert_same(terms(backend, student.float(), teacher.float(), **how), exact, 1e-4)
 
 
+@each_backend
+def test_the_first_of_equal_maxima_has_the_gradient(backend):
+    student, teacher = (x.repeat_interleave(2, dim=3) for x in maps(1, 4, 2, 2))
+    how = {"num_groups": 2, "patch_size": (2, 2), "pool_size": (1, 2), "distance": "l2"}
+    grad = terms(backend, student, teacher, **how)[1].contrast
+    assert (grad[..., ::2] != 0).all()
+    assert (grad[..., 1::2] == 0).all()
+
+
 @pytest.mark.parametrize("negatives", ["other_groups", "all_others"])
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_negatives_are_counted(negatives, contrast):

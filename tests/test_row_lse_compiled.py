@@ -350,6 +350,16 @@ def test_the_hopper_kernel_says_what_it_does_not_take(changed, reason, monkeypat
     assert reason in launch.why_not_hopper(**case)
 
 
+def test_a_triton_that_spills_keeps_to_the_portable_kernel(monkeypatch):
+    monkeypatch.setattr(launch, "_is_hopper", lambda device: True)
+    wide = torch.empty(1, 8, 96, dtype=torch.bfloat16)
+    for version, taken in (((3, 7), True), ((3, 8), False), ((4, 0), False)):
+        monkeypatch.setattr(launch, "_triton_version", lambda version=version: version)
+        assert launch.why_not_hopper(**hopper_case()) is None
+        reason = launch.why_not_hopper(**hopper_case(query=wide, keys=wide))
+        assert (reason is None) == taken
+
+
 def test_an_environment_variable_keeps_to_the_portable_kernel(monkeypatch):
     monkeypatch.setattr(launch, "_is_hopper", lambda device: True)
     assert launch.why_not_hopper(**hopper_case()) is None

@@ -8,7 +8,8 @@ Row i of the student is q_i, its positive is row i of the teacher, k_i, and its 
 
 Forward: `prepare` writes the rows of both maps, their inverse norms and <q_i, k_i>. The pass of
 `row_lse` streams each set of negatives once; it gives lse_i and the negatives' mean, weighted by their
-softmax: weighted_keys_i. `join` adds two sets. `finish` computes margin, loss and their reduction.
+softmax: weighted_keys_i. `join` adds two sets. `finish` computes margin, loss and their reduction. These
+functions stand in `chunked.py` and, with the same contracts, in `triton_kernels.py`.
 
 Backward: the teacher is frozen, so d lse_i / d q_i = scale * weighted_keys_i is the whole gradient of
 the pass, and
@@ -151,18 +152,18 @@ def _forward(
     operand: torch.dtype, with_grad: bool, with_metrics: bool, exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved]:  # fmt: skip
     """Loss and metrics as `contrast` returns them, and what backward needs."""
-    batch, width, height, breadth = student.shape
-    pixels, groups = batch * height * breadth, batch if negatives == "image" else 1
+    batch, channels, height, width = student.shape
+    pixels, groups = batch * height * width, batch if negatives == "image" else 1
     shape = (groups, pixels // max(groups, 1))
     device, dtype = student.device, sum_dtype(student)
-    rows = torch.empty(2, pixels, width, dtype=operand, device=device)
+    rows = torch.empty(2, pixels, channels, dtype=operand, device=device)
     stats = torch.empty(4, pixels, dtype=dtype, device=device)
     form = _form(rows, backend)
     with no_autocast(device):
         tie = form.prepare(
             rows, stats, student, teacher, valid_mask, normalize=normalize, with_tie=with_metrics
         )
-        query, own_keys = rows.view(2, *shape, width).unbind()
+        query, own_keys = rows.view(2, *shape, channels).unbind()
         mask = None if valid_mask is None else valid_mask.reshape(shape)
         if labels is not None:
             labels = without_subclass(labels).reshape(shape).contiguous()
@@ -183,7 +184,7 @@ def _forward(
             lse, max_logit, tie, stats, scale, valid_mask, reduction
         )
     if weighted_keys is not None:
-        weighted_keys = weighted_keys.to(operand).reshape(pixels, width)
+        weighted_keys = weighted_keys.to(operand).reshape(pixels, channels)
     return loss, metrics, Saved(rows, stats, weighted_keys, num_valid)
 
 
@@ -213,7 +214,9 @@ def _gradients(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the student's map, and of a learned scale if asked for."""
-    if num_valid is not None and num_valid.dim() > 0:  # a registered operator has no None
+    if (
+        num_valid is not None and num_valid.dim() > 0
+    ):  # the registered operator gives an empty 1-d tensor for None
         num_valid = None
     return _form(rows, backend).backward(
         grad, student, rows, stats, weighted_keys, num_valid, scale,
@@ -239,7 +242,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], saved: Iterable[Tensor | None]) -> 
     ctx.mean = reduction == "mean"
     ctx.scale, learned_scale = (None, scale) if isinstance(scale, Tensor) else (scale, None)
     ctx.set_materialize_grads(False)
-    # The student's map is saved so that double backward reaches this node and raises.
+    # The student's map gives backward its dtype and strides, and double backward a way to this node,
+    # which raises.
     ctx.save_for_backward(student, learned_scale, *saved)
 
 
@@ -305,16 +309,16 @@ def contrast_op(
 def _(student: Tensor, *others: Any) -> tuple[Tensor, ...]:
     valid_mask, reduction = others[5], others[9]
     operand, with_grad, with_metrics = others[11:]
-    batch, width, height, breadth = student.shape
-    pixels = batch * height * breadth
+    batch, channels, height, width = student.shape
+    pixels = batch * height * width
     stats = student.new_empty((4, pixels), dtype=sum_dtype(student))
-    rows = student.new_empty((2, pixels, width), dtype=operand)
+    rows = student.new_empty((2, pixels, channels), dtype=operand)
     return (
         stats.new_empty(pixels if reduction == "none" else ()),
         stats.new_empty(2 if with_metrics else 0),
         rows,
         stats,
-        rows.new_empty((pixels, width) if with_grad else 0),
+        rows.new_empty((pixels, channels) if with_grad else 0),
         stats.new_empty(0 if valid_mask is None else ()),
     )
 

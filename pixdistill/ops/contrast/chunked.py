@@ -32,8 +32,8 @@ def prepare(
     rows are rounded to their own.
     """
     wide = rows if rows.dtype == stats.dtype else torch.empty_like(rows, dtype=stats.dtype)
-    batch, width, height, breadth = student.shape
-    pixels = wide.view(2, batch, height, breadth, width)
+    batch, channels, height, width = student.shape
+    pixels = wide.view(2, batch, height, width, channels)
     pixels[0].copy_(student.permute(0, 2, 3, 1))
     pixels[1].copy_(teacher.permute(0, 2, 3, 1))
     if valid_mask is not None:  # a NaN at an invalid pixel must reach no product
@@ -151,9 +151,9 @@ def backward(
         difference.addcmul_(query, inner, value=-1.0)
         weight.mul_(inverse_norm)
     difference.mul_(weight.unsqueeze(-1))
-    if num_valid is not None:  # zero at invalid pixels, also beside a NaN at a valid one
+    if normalize or num_valid is not None:  # zero at such pixels, also beside a NaN at another one
         difference.masked_fill_((inverse_norm == 0.0).unsqueeze(-1), 0.0)
     grad_student = torch.empty_like(student)
-    batch, width, height, breadth = student.shape
-    grad_student.permute(0, 2, 3, 1).copy_(difference.view(batch, height, breadth, width))
+    batch, channels, height, width = student.shape
+    grad_student.permute(0, 2, 3, 1).copy_(difference.view(batch, height, width, channels))
     return grad_student, grad_scale

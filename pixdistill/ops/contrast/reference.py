@@ -77,10 +77,10 @@ def contrast(
 
 def _rows(image: Tensor, negatives: str | None, normalize: bool) -> Tensor:
     """`[B, D, H, W]` as the vectors of one or of B sets, `[G, N, D]`, normalised if asked for."""
-    batch, width, height, breadth = image.shape
+    batch, channels, height, width = image.shape
     groups = batch if negatives == "image" else 1
-    count = batch * height * breadth // max(groups, 1)
-    rows = image.movedim(1, -1).reshape(groups, count, width)
+    count = batch * height * width // max(groups, 1)
+    rows = image.movedim(1, -1).reshape(groups, count, channels)
     if not normalize:
         return rows
     short = torch.linalg.vector_norm(rows, dim=2, keepdim=True) <= 1e-12

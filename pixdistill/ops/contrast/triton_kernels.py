@@ -1,8 +1,8 @@
 """What surrounds the pass over the keys, in Triton: one kernel each for prepare, join, finish, backward.
 
-Maps are read and written where they lie, through their strides. A program owns BP pixels of one image
-with all their channels. Sums over pixels are taken by one program in a fixed order: the same bits on
-every run.
+Maps are read and written where they lie, through their strides. A program of prepare and backward owns
+BP pixels of one image with all their channels. Sums over pixels are taken by one program in a fixed
+order: the same bits on every run.
 
 Names: i_ program, o_ offsets, m_ mask, p_ pointers, b_ tile in registers.
 """
@@ -235,15 +235,15 @@ def prepare(
     """Same contract as `chunked.prepare`."""
     tie = torch.empty_like(stats[0]) if with_tie else None
     student, teacher = _plain(student), _plain(teacher)
-    batch, width, height, breadth = student.shape
+    batch, channels, height, width = student.shape
     if stats.numel() == 0:
         return tie
-    launch = launch_of(width)
+    launch = launch_of(channels)
     flat = _is_flat(student) and _is_flat(teacher)
     with torch.cuda.device_of(rows):
-        prepare_kernel[(batch * triton.cdiv(height * breadth, launch.BP),)](
+        prepare_kernel[(batch * triton.cdiv(height * width, launch.BP),)](
             student, teacher, _bytes(valid_mask, stats), rows, stats, _or(tie, stats),
-            stats.shape[1], width, height, breadth,
+            stats.shape[1], channels, height, width,
             *_strides(student, flat), *_strides(teacher, flat),
             BD=launch.BD, BP=launch.BP, FLAT=flat,
             NORMALIZE=normalize, HAS_MASK=valid_mask is not None, WITH_TIE=with_tie,
@@ -282,9 +282,9 @@ def finish(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Same contract as `chunked.finish`."""
     pixels = stats.shape[1]
-    loss = torch.empty(pixels if reduction == "none" else (), device=stats.device)
-    metrics = None if tie is None else torch.empty(2, device=stats.device)
-    num_valid = None if valid_mask is None else torch.empty((), device=stats.device)
+    loss = stats.new_empty(pixels if reduction == "none" else ())
+    metrics = None if tie is None else stats.new_empty(2)
+    num_valid = None if valid_mask is None else stats.new_empty(())
     with torch.cuda.device_of(stats):
         finish_kernel[(1,)](
             lse, _or(max_logit, lse), _or(tie, lse), _bytes(valid_mask, stats), stats, scale,
@@ -311,15 +311,15 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Same contract as `chunked.backward`."""
     grad_student = torch.empty_like(_plain(student))
-    batch, width, height, breadth = student.shape
+    batch, channels, height, width = student.shape
     grad_scale = torch.empty_like(stats[0]) if needs_scale else None
-    launch, flat = launch_of(width), _is_flat(grad_student)
+    launch, flat = launch_of(channels), _is_flat(grad_student)
     if stats.numel() > 0:
         with torch.cuda.device_of(rows):
-            backward_kernel[(batch * triton.cdiv(height * breadth, launch.BP),)](
+            backward_kernel[(batch * triton.cdiv(height * width, launch.BP),)](
                 grad.contiguous(), rows, weighted_keys, stats, _or(num_valid, stats), scale,
                 grad_student, _or(grad_scale, stats),
-                float(stats.shape[1] if mean else 1), stats.shape[1], width, height, breadth,
+                float(stats.shape[1] if mean else 1), stats.shape[1], channels, height, width,
                 *_strides(grad_student, flat),
                 BD=launch.BD, BP=launch.BP, FLAT=flat,
                 NORMALIZE=normalize, LEARNED=isinstance(scale, Tensor),
@@ -331,8 +331,8 @@ def backward(
 
 def _is_flat(image: Tensor) -> bool:
     """Whether one stride leads from each pixel of a map to the next."""
-    _, _, height, breadth = image.shape
-    return height == 1 or breadth == 1 or image.stride(2) == breadth * image.stride(3)
+    _, _, height, width = image.shape
+    return height == 1 or width == 1 or image.stride(2) == width * image.stride(3)
 
 
 def _strides(image: Tensor, flat: bool) -> tuple[int, ...]:

@@ -65,6 +65,7 @@ HOPPER_LAUNCH = {
 JOIN_ELEMENTS = 4096  # of a tile of weighted keys, when splits are joined
 MOST_SPLITS = 64
 HOPPER_TRITON = (3, 6)  # the oldest Triton whose Gluon compiles hopper.py
+SPILLING_TRITON = (3, 8)  # from here on hopper.py spills at width 128; unmeasured
 TILES_PER_SPLIT = 8  # at least: a shorter split costs more to join than it saves
 
 
@@ -98,6 +99,8 @@ def why_not_hopper(
         return "it needs a Hopper GPU"
     if _triton_version() < HOPPER_TRITON:
         return f"it needs triton {HOPPER_TRITON[0]}.{HOPPER_TRITON[1]} or later"
+    if _triton_version() >= SPILLING_TRITON and padded_width(query.shape[2]) == 128:
+        return "this version of triton spills its registers at this width"
     if query.dtype not in (torch.float16, torch.bfloat16) or keys.dtype != query.dtype:
         return "query and keys must both be float16 or both bfloat16"
     if key_mask is not None or labels is not None or isinstance(scale, Tensor):

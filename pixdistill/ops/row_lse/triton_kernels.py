@@ -130,7 +130,7 @@ def row_lse_kernel(
     if query_labels is not None:  # a negative one equals none of the keys', which are at least -1
         b_ql = tl.load(query_labels + i_g * N + o_n, mask=m_n, other=-1)
         b_ql = tl.where(b_ql < 0, -2, b_ql)
-    c = scale * LOG2E
+    c = scale * LOG2E  # logits in units of log 2
     if learned_scale is not None:
         c = tl.load(learned_scale).to(tl.float32) * LOG2E
 
@@ -161,6 +161,7 @@ def row_lse_kernel(
                 b_q, b_acc, b_sum, b_top, b_k, o_n, o_m, m_m, c, exclude_offset, b_ql, p_labels,
                 SUBTRACT_MAX, WITH_KEYS, WITH_MAX, PRECISION, False,
             )  # fmt: skip
+    # Then the careful ones, BC keys at a time: the tiles at the diagonal first, then the ragged one.
     o_cd = tl.arange(0, BC)[:, None] * BD + o_d[None, :]
     for i in tl.range((skipped + last - whole) * (BM // BC), num_stages=STAGES):
         i_tile = i // (BM // BC)
