@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 DATA = Path(__file__).parent / "data"
@@ -54,6 +54,13 @@ def run(*command: str, env: dict[str, str] | None = None, folder: Path = ROOT) -
 def device_of(backend: str) -> str:
     """Kernels run on a GPU where there is one; the other backends are tested on the CPU."""
     return TRITON_DEVICE if backend == "triton" else "cpu"
+
+
+def data_parallel(module: nn.Module) -> nn.DataParallel:
+    """The wrapper as on a machine without a GPU: it runs the module on the CPU."""
+    wrapper = nn.DataParallel(module)  # which moves the module to the only GPU
+    wrapper.device_ids = []
+    return wrapper.cpu()
 
 
 def float32_tolerance(backend: str) -> float:

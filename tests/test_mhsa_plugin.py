@@ -11,7 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_close, assert_within_budget, fresh_compiler, not_in_torch_2_6, run
+from helpers import (
+    assert_close,
+    assert_within_budget,
+    data_parallel,
+    fresh_compiler,
+    not_in_torch_2_6,
+    run,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import results
@@ -684,7 +691,7 @@ def compiled_in_place(network):
         (compiled, "blocks.1"),
         (compiled_in_place, "stem.0"),
         (Forwarding, "blocks.1"),
-        (nn.DataParallel, "stem.0"),
+        (data_parallel, "stem.0"),
         (lambda n: compiled(Forwarding(n)), "stem"),
     ],
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import (
     assert_close,
     assert_within_budget,
+    data_parallel,
     fresh_compiler,
     golden,
     not_in_torch_2_6,
@@ -579,7 +580,7 @@ UNKNOWN = [
         f"{ORDER}nn.Sequential(HEAD.mlp, L2Norm(), HEAD.last_layer, HEAD.last_norm){NORMALISE}",
     ),
     (lambda: compiled(nn.Linear(4, 4)), "it wraps another module; pass HEAD._orig_mod"),
-    (lambda: nn.DataParallel(nn.Linear(4, 4)), "it wraps another module; pass HEAD.module"),
+    (lambda: data_parallel(nn.Linear(4, 4)), "it wraps another module; pass HEAD.module"),
     (
         lambda: AddsTo(nn.Linear(4, 4)),
         "it changes what HEAD.base_layer computes; merge it into that first",
@@ -629,7 +630,7 @@ def test_the_remedy_of_the_error_is_right(weight_norm):
         assert identity_error(adaptor, built.head, x) < 1e-13
 
 
-@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel])
+@pytest.mark.parametrize("wrap", [compiled, data_parallel])
 def test_the_remedy_for_a_wrapped_head_is_right(wrap):
     built = build("byol")
     with pytest.raises(TypeError, match=r"pass head\.\w+$") as caught:
