@@ -8,8 +8,7 @@ Row i of the student is q_i, its positive is row i of the teacher, k_i, and its 
 
 Forward: `prepare` writes the rows of both maps, their inverse norms and <q_i, k_i>. The pass of
 `row_lse` streams each set of negatives once; it gives lse_i and the negatives' mean, weighted by their
-softmax: weighted_keys_i. `join` adds two sets. `finish` computes margin, loss and their reduction. These
-functions stand in `chunked.py` and, with the same contracts, in `triton_kernels.py`.
+softmax: weighted_keys_i. `join` adds two sets. `finish` computes margin, loss and their reduction.
 
 Backward: the teacher is frozen, so d lse_i / d q_i = scale * weighted_keys_i is the whole gradient of
 the pass, and
@@ -214,9 +213,7 @@ def _gradients(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of the student's map, and of a learned scale if asked for."""
-    if (
-        num_valid is not None and num_valid.dim() > 0
-    ):  # the registered operator gives an empty 1-d tensor for None
+    if num_valid is not None and num_valid.dim() > 0:  # None, from the registered operator
         num_valid = None
     return _form(rows, backend).backward(
         grad, student, rows, stats, weighted_keys, num_valid, scale,
@@ -242,8 +239,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], saved: Iterable[Tensor | None]) -> 
     ctx.mean = reduction == "mean"
     ctx.scale, learned_scale = (None, scale) if isinstance(scale, Tensor) else (scale, None)
     ctx.set_materialize_grads(False)
-    # The student's map gives backward its dtype and strides, and double backward a way to this node,
-    # which raises.
+    # The student's map has the gradient's dtype and strides, and lets double backward raise here.
     ctx.save_for_backward(student, learned_scale, *saved)
 
 

@@ -151,7 +151,7 @@ def backward(
         difference.addcmul_(query, inner, value=-1.0)
         weight.mul_(inverse_norm)
     difference.mul_(weight.unsqueeze(-1))
-    if normalize or num_valid is not None:  # zero at such pixels, also beside a NaN at another one
+    if num_valid is not None:  # zero at invalid pixels, also beside a NaN at a valid one
         difference.masked_fill_((inverse_norm == 0.0).unsqueeze(-1), 0.0)
     grad_student = torch.empty_like(student)
     batch, channels, height, width = student.shape
