@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from .ops import masked_distance as operator
-from .ops.backend import no_autocast, sum_dtype
+from .ops.backend import no_autocast, sum_dtype, without_inference
 
 # The names of a module's tensors in official checkpoints.
 _WEIGHTING = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
@@ -118,7 +118,7 @@ class MaskedReceptiveTokens(nn.Module):
         the diversity. Without weights w is 1, as in the official code. The map has the dtype of `x`.
         """
         self._check(x)
-        x = operator.without_inference(x)  # once for the masks and the product
+        x = without_inference(x)  # once for the masks and the product
         masks = operator.token_masks(x, self.mask_token)
         weighted = masks
         if self.weighted:

@@ -116,10 +116,8 @@ class Run:
 
     def _layout(self, module: nn.Module) -> nn.Module:
         for weight in module.parameters() if self.args.channels_last else ():
-            if weight.dim() == 4 and weight.shape[2:] != (
-                1,
-                1,
-            ):  # as cuDNN and DDP lay out gradients
+            # As cuDNN and DDP lay out gradients.
+            if weight.dim() == 4 and weight.shape[2:].numel() > 1:
                 nhwc = torch.empty_like(weight, memory_format=torch.channels_last)
                 weight.data = nhwc.copy_(weight.detach())
         return module

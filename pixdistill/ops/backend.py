@@ -106,14 +106,16 @@ def without_subclass(tensor: Tensor) -> Tensor:
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """The tensor without its graph.
+    """The tensor without its graph; a copy where `without_inference` makes one."""
+    return without_inference(tensor).detach()
 
-    A copy where it was created in inference mode: autograd cannot save such a tensor.
-    """
+
+def without_inference(tensor: Tensor) -> Tensor:
+    """A copy where the tensor was created in inference mode: autograd cannot save such a tensor."""
     # torch.compile cannot ask a tensor for its mode: what it compiles raises PyTorch's own error.
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensor.detach()
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def refuse_transforms(name: str, *tensors: Tensor) -> None:

@@ -38,7 +38,6 @@ from ..backend import (
 )
 from ..row_lse import row_lse_forward, why_not_triton
 from . import chunked, reference
-from .launch import MAX_WIDTH
 
 Negatives = Literal["batch", "image"] | None
 Reduction = Literal["mean", "sum", "none"]
@@ -224,7 +223,7 @@ def _gradients(
 def _form(rows: Tensor, backend: Backend) -> ModuleType:
     """The module that computes: the same choice as for the pass over the keys."""
     chosen = choose(backend, rows.device, why_not_triton(rows))
-    if chosen != "triton" or rows.shape[-1] > MAX_WIDTH:
+    if chosen != "triton":
         return chunked
     from . import triton_kernels  # loads triton
 

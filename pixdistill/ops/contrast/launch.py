@@ -2,9 +2,6 @@
 
 from typing import NamedTuple
 
-MAX_WIDTH = 256
-"""Channels that fit into the registers of a program."""
-
 FINISH_BLOCK, FINISH_WARPS = 4096, 16
 """Pixels at a step of the one program of `finish_kernel`."""
 

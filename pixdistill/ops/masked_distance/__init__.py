@@ -29,7 +29,6 @@ from .tokens import compute_masks
 from .tokens import pooled_convolution as pooled_convolution
 from .tokens import token_masks as token_masks
 from .tokens import token_weights as token_weights
-from .tokens import without_inference as without_inference
 
 
 class Distance(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import no_autocast, sum_dtype
+from ..backend import no_autocast, sum_dtype, without_inference
 
 
 class Masks(NamedTuple):
@@ -69,14 +69,6 @@ def token_masks(x: Tensor, mask_token: Tensor) -> Tensor:
     with no_autocast(x.device):
         logits = torch.bmm(tokens, x.flatten(2))  # [B, T, HW]
     return logits.to(sum_dtype(x)).sigmoid().unflatten(2, x.shape[2:])
-
-
-def without_inference(x: Tensor) -> Tensor:
-    """The map with its graph; a copy where it was created in inference mode, see `detached`."""
-    # vmap hides whether a tensor requires a gradient, so that is not asked.
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
-        return x
-    return x.clone()
 
 
 def token_weights(

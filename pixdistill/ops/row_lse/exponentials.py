@@ -39,7 +39,7 @@ def _logits(
 
 @triton.jit(do_not_specialize=["diagonal", "N", "M"])
 def exponentials_kernel(
-    logits, key_mask, query_labels, key_labels, scale, learned_scale, weights, total, top, shrink,
+    logits, key_mask, scale, learned_scale, query_labels, key_labels, weights, total, top, shrink,
     diagonal, N, M, stride_mg, BM: tl.constexpr,
 ):  # fmt: skip
     """Exponentials of one row, added to `total`. `top` and `shrink` may be None, as in the launcher."""
@@ -67,14 +67,12 @@ def exponentials_kernel(
 
 @triton.jit(do_not_specialize=["diagonal", "N", "M"])
 def grad_weights_kernel(
-    logits, key_mask, query_labels, key_labels, scale, learned_scale, weights, lse, grad_rows,
+    logits, key_mask, scale, learned_scale, weights, lse, grad_rows,
     diagonal, N, M, stride_mg, BM: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of one row, times its gradient."""
     i_row = tl.program_id(0)
-    b_x = _logits(
-        logits, key_mask, query_labels, key_labels, scale, learned_scale, diagonal, N, M, stride_mg, BM
-    )  # fmt: skip
+    b_x = _logits(logits, key_mask, None, None, scale, learned_scale, diagonal, N, M, stride_mg, BM)
     b_p = tl.exp2((b_x - tl.load(lse + i_row)) * LOG2E) * tl.load(grad_rows + i_row)
     o_m = tl.arange(0, BM)
     p_out = weights + i_row.to(tl.int64) * M + o_m
@@ -99,7 +97,9 @@ def exponentials(
     """
     weights = _weights(logits, dtype)
     shrink = torch.empty_like(total) if subtract_max else None
-    _launch(exponentials_kernel, logits, scale, seen, diagonal, labels, weights, total, top, shrink)
+    pair = (None, None) if labels is None else tuple(x.contiguous() for x in labels)
+    outputs = weights, total, top, shrink
+    _launch(exponentials_kernel, logits, scale, seen, diagonal, *pair, *outputs)
     return weights, shrink
 
 
@@ -115,7 +115,7 @@ def grad_weights(
     """`exp(scale * logits - lse) * grad_rows` `[G, N, M]` in `dtype`, 0 where a key does not count."""
     weights = _weights(logits, dtype)
     rows = lse.contiguous(), grad_rows.contiguous()
-    _launch(grad_weights_kernel, logits, scale, seen, diagonal, None, weights, *rows)
+    _launch(grad_weights_kernel, logits, scale, seen, diagonal, weights, *rows)
     return weights
 
 
@@ -130,18 +130,16 @@ def _launch(
     scale: float | Tensor,
     seen: Tensor | None,
     diagonal: int | None,
-    labels: tuple[Tensor, Tensor] | None,
-    *outputs: Tensor | None,
+    *others: Tensor | None,
 ) -> None:
     batch, rows, columns = logits.shape
     if seen is not None and seen.stride(1) != 1:
         seen = seen.contiguous()
-    pair = (None, None) if labels is None else tuple(x.contiguous() for x in labels)
     learned = scale if isinstance(scale, Tensor) else None
     width = triton.next_power_of_2(columns)
     with torch.cuda.device_of(logits):
         kernel[(batch * rows,)](
-            logits, seen, *pair, 0.0 if isinstance(scale, Tensor) else scale, learned, *outputs,
+            logits, seen, 0.0 if isinstance(scale, Tensor) else scale, learned, *others,
             diagonal, rows, columns, 0 if seen is None else seen.stride(0), BM=width,
             num_warps=8 if width >= 2048 else 4,
         )  # fmt: skip

@@ -65,7 +65,7 @@ HOPPER_LAUNCH = {
 JOIN_ELEMENTS = 4096  # of a tile of weighted keys, when splits are joined
 MOST_SPLITS = 64
 HOPPER_TRITON = (3, 6)  # the oldest Triton whose Gluon compiles hopper.py
-SPILLING_TRITON = (3, 8)  # from here on hopper.py spills at width 128; unmeasured
+SPILLING_TRITON = (3, 8)  # from here on hopper.py spills at widths 65 to 128
 TILES_PER_SPLIT = 8  # at least: a shorter split costs more to join than it saves
 
 

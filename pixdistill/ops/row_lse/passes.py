@@ -59,10 +59,10 @@ def row_lse_forward(
     """lse `[G, N]`, weighted_keys `[G, N, D]` and max_logit `[G, N]`; the last two where asked for.
 
     query `[G, N, D]`; keys `[G, M, D]`, or `[1, M, D]` that all share; key_mask `[G, M]` or `[1, M]`;
-    scale a number, or a 0-dim tensor in the dtype of sums. A key does not count for a query of the
-    same label, unless that is negative: labels, int32 and contiguous, are `[G, N]` of the queries and
-    `[G, M]`, or `[1, M]` as the keys. weighted_keys has the query's dtype, the
-    others the dtype of sums. Nothing is checked, and autocast changes nothing.
+    scale a number, or a 0-dim tensor in the dtype of sums; labels, int32 and contiguous, `[G, N]` of the
+    queries and `[G, M]` or `[1, M]` of the keys. A key of the query's label, if that is at least 0, does
+    not count. weighted_keys has the query's dtype, the others the dtype of sums. Nothing
+    is checked, and autocast changes nothing.
     """
     batch, rows, width = query.shape
     folds = batch > 1 and _folds(keys, key_mask, exclude_offset)
