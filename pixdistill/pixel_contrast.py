@@ -106,7 +106,7 @@ def pixel_contrast_loss(
     loss, _ = contrast(
         student.reshape(batch, *student.shape[-2:]).mT,
         teacher.reshape(batch, *student.shape[-2:]).mT,
-        1.0 / _checks.temperature(temperature, student),
+        _checks.temperature(temperature, student),
         negatives=None if negatives is None else "image",  # a batch entry is one image
         queue_keys=queue_keys,
         queue_labels=queue_labels,
@@ -224,7 +224,7 @@ class PixelContrastLoss(nn.Module):
         loss, metrics = contrast(
             student,
             teacher,
-            1.0 / self.temperature,
+            self.temperature,
             negatives=self.negatives,
             queue_keys=keys,
             queue_labels=key_labels,

@@ -50,7 +50,7 @@ Exchange = Callable[[Tensor, Tensor | None, Tensor | None], Iterable[Keys]]
 def contrast(
     student: Tensor,
     teacher: Tensor,
-    scale: float | Tensor,
+    temperature: float | Tensor,
     *,
     negatives: Negatives,
     queue_keys: Tensor | None,
@@ -67,7 +67,7 @@ def contrast(
 
     Args:
         student, teacher: `[B, D, *spatial]`, any strides, any floating-point dtypes.
-        scale: 1 / temperature: a number, or one element that may require a gradient.
+        temperature: a number, or one element that may require a gradient.
         negatives: the other pixels of the batch, of the image, or none of them.
         queue_keys: `[K, D]`, negatives of all pixels; unit vectors if `normalize`.
         queue_labels: `[K]`, the labels of queue_keys.
@@ -81,8 +81,9 @@ def contrast(
     have the dtype of sums.
     """
     operand, dtype = operand_dtype(student), sum_dtype(student)
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(()).to(dtype)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(()).to(dtype)
+    scale = 1.0 / temperature
     student, teacher = _as_2d(student), _as_2d(teacher.detach())
     if valid_mask is not None:
         valid_mask = valid_mask.reshape(student[:, 0].shape)
@@ -101,10 +102,10 @@ def contrast(
     bound = scale if normalize and not isinstance(scale, Tensor) else None
     compiling = torch.compiler.is_compiling() and exchange is None
     if compiling and not isinstance(scale, Tensor):
-        # A number would be a constant of the graph, compiled again whenever the temperature changes.
+        # A number, and before torch 2.13 its inverse, would compile again for a new temperature.
         if bound is not None:  # the bounds that `row_lse` distinguishes
             bound = 9.0 if bound <= 9.0 else 60.0 if bound <= 60.0 else None
-        scale = torch.ones((), dtype=dtype, device=student.device) * scale
+        scale = torch.ones((), dtype=dtype, device=student.device) / temperature
     with_grad = torch.is_grad_enabled() and (
         student.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     )
