@@ -113,7 +113,8 @@ def launches(call: Call, device: str) -> int:
         return operators.count
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:  # without it torch warns
         call()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA

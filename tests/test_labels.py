@@ -107,8 +107,11 @@ def test_equals_a_loop_over_classes(backend, negatives, sizes, monkeypatch):
     assert_close(parts.loss.flatten(), truth, tolerance(backend))
     for ours, right in zip(grads, expected, strict=True):
         assert_close(ours.reshape(right.shape), right, 5 * tolerance(backend))
-    top1 = (lead <= 1e-6)[valid.flatten()].double().mean()
-    assert_close(parts.accuracy, top1, 1e-6)
+    margin = tolerance(backend) / TEMPERATURE  # rounding decides about a tie
+    least, most = (
+        (lead <= slack)[valid.flatten()].double().mean().item() for slack in (-margin, margin)
+    )
+    assert least - 1e-6 <= parts.accuracy.item() <= most + 1e-6
     assert_close(loss(student, teacher, **options), parts.loss, tolerance(backend))
 
 

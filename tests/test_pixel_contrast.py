@@ -580,7 +580,8 @@ def test_loss_is_log_of_the_count_when_all_similarities_are_equal(backend, probl
     if "queue" in problem["negatives"]:
         count += len(keys)
     error = (value - torch.log1p(count).masked_fill(~mask, 0.0)).abs().max()
-    assert error <= float32_tolerance(backend)
+    largest = max(1.0, 1 / problem["temperature"])  # of the logits, which products round
+    assert error <= float32_tolerance(backend) * largest
 
 
 @backends

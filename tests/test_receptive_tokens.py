@@ -421,7 +421,7 @@ def test_error_stays_within_twice_plain_pytorch(dtype, autocast):
     assert ours[0].dtype == ours[2].dtype == dtype
     assert ours[1].dtype == torch.float32
     assert all(grad.dtype == torch.float32 for grad in ours[3:])
-    tiny = 1e-6 if dtype == torch.float32 else 2e-3
+    tiny = 5e-6 if dtype == torch.float32 else 2e-3
     for a, b, c in zip(ours, plain, truth, strict=True):
         assert_within_budget(a, b, c, tiny)
 
