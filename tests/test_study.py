@@ -74,13 +74,23 @@ def test_intervals_of_paired_differences():
     assert Interval.of([1.0]).margin == math.inf
 
 
-def test_the_page_shows_what_was_measured():
+@pytest.mark.parametrize("run", ["cpu", "gpu"])
+def test_the_page_shows_what_was_measured(run):
     from study import PARTS
     from study_report import tables
 
-    results = json.loads((ROOT / "docs/study/results.json").read_text())
+    results = json.loads((ROOT / f"docs/study/{run}/results.json").read_text())
     page = (ROOT / "docs/study.md").read_text()
-    parts = re.findall(r"<!-- ([\w-]+) -->\n\n\|", page)
-    assert parts[:2] == ["budget", "few-labels"]
-    for part in parts:
-        assert tables(part, PARTS[part], results) in page, part
+    assert re.findall(f"<!-- {run} ([\\w-]+) -->", page) == list(PARTS)
+    shown = [tables(part, arms, results) for part, arms in PARTS.items()]
+    assert all(text.rstrip() in page for text in shown)
+
+    summary = page[: page.index("## Budget")]
+    column = ["cpu", "gpu"].index(run)
+    cells = [
+        line.split(" | ")[column + 1].rstrip(" |")
+        for line in summary.splitlines()
+        if ")* |" in line
+    ]
+    assert len(cells) > 8
+    assert all(any(f"| {cell} |" in text for text in shown) for cell in cells)

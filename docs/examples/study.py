@@ -57,21 +57,21 @@ class Sizes:
     scenes: int = 512  # with labels
     labels: tuple[int, ...] = (16, 64, 256)  # scenes to fine-tune on
     unlabelled: int = 2048  # scenes to distil on without labels
-    pretrain_steps: int = 500
+    pretrain_steps: int = 1000
     tune_steps: int = 300
     test_scenes: int = 512
     teacher_scenes: int = 4096
     teacher_steps: int = 1500
     mask_steps: int = 200
-    whole_images: int = 4096  # for the teacher of whole images
-    whole_steps: int = 800
+    whole_images: int = 16384  # for the teacher of whole images
+    whole_steps: int = 1600
 
 
 SIZES = Sizes()
 QUICK = Sizes(
     seeds=2, budgets=(40, 160), trial_steps=40, scenes=256, labels=(16, 64), unlabelled=512,
     pretrain_steps=100, tune_steps=60, test_scenes=128, teacher_scenes=1024, teacher_steps=300,
-    mask_steps=50, whole_images=1024, whole_steps=150,
+    mask_steps=50, whole_images=2048, whole_steps=200,
 )  # fmt: skip
 
 Settings = dict[str, float]
@@ -134,7 +134,7 @@ def trials_of(arm: str, best: dict[str, Settings]) -> list[Settings]:
     if arm == "scratch":
         return weights("rate", 5e-3, 1e-2, 2e-2, 4e-2)
     if few_labels(arm):
-        rates = [(before, after) for before in (3e-3, 1e-2) for after in (1e-2, 3e-2)]
+        rates = [(before, after) for before in (5e-3, 2e-2) for after in (1e-2, 3e-2)]
         return [{"pretrain_rate": before, "rate": after} for before, after in rates]
     if arm.endswith("+kl"):
         name = arm.removesuffix("+kl")
@@ -240,13 +240,14 @@ class Study:
         for group in (["alone"] if "alone" in arms else [], single, [a for a in arms if "+" in a]):
             self.choose(group, best)
         xs = {"few-labels": sizes.labels, "why": sizes.budgets[-1:]}.get(part, sizes.budgets)
-        for seed in range(sizes.seeds):  # seed by seed: a killed study has all arms of some seeds
-            jobs = [
-                Job(arm, tuple(best[arm].items()), xs if few_labels(arm) else (x,), seed, "test")
-                for arm in arms
-                for x in (xs[:1] if few_labels(arm) else xs)
-            ]
-            self.run(f"{part}, seed {seed}", jobs)
+        # Seed by seed, so that a killed study has all arms of some seeds, and the longest first.
+        jobs = [
+            Job(arm, tuple(best[arm].items()), size, seed, "test")
+            for seed in range(sizes.seeds)
+            for size in ([xs] if part == "few-labels" else [(x,) for x in reversed(xs)])
+            for arm in arms
+        ]
+        self.run(part, jobs)
 
 
 def describe(machine: Machine) -> str:
@@ -266,12 +267,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--quick", action="store_true", help="fewer seeds and steps, too few for a result")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", action="store_true", help="mixed precision: float16 on CUDA, else bfloat16")
-    add("--workers", type=int, help="processes that train at once (2, with CUDA 4)")
+    add("--workers", type=int, help="processes that train at once (2, with CUDA up to 12)")
     add("--output", type=Path, default=Path("study"), help="folder of results and plots (study)")
     options = parser.parse_args(argv)
     if unknown := set(options.part) - set(PARTS):
         parser.error(f"parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    workers = options.workers or (4 if options.device == "cuda" else 2)
+    most = 12 if options.device == "cuda" else 2
+    workers = options.workers or min(most, os.cpu_count() or 1)
     began = time.perf_counter()
     machine = Machine(options.device, options.amp)
     study = Study(options.output, QUICK if options.quick else SIZES, machine, workers)

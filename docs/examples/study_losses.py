@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,19 +140,20 @@ def train_with_labels(
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student without labels is compared with, and whether it has the plug-in meanwhile."""
+    """What a student without labels is compared with, and what becomes of its plug-in."""
 
     target: str
-    mhsa: bool
+    plugin: Literal["none", "removed", "kept"]
 
 
 OBJECTIVES: dict[str, Objective | None] = {
     "scratch": None,
-    "pooled": Objective("pooled", mhsa=False),
-    "pcd": Objective("adaptor", mhsa=True),
-    "pcd_no_adaptor": Objective("map", mhsa=True),
-    "pcd_no_plugin": Objective("adaptor", mhsa=False),
-    "pcd_plain_relu": Objective("plain", mhsa=True),
+    "pooled": Objective("pooled", plugin="none"),
+    "pcd": Objective("adaptor", plugin="removed"),
+    "pcd_no_adaptor": Objective("map", plugin="removed"),
+    "pcd_plain_relu": Objective("plain", plugin="removed"),
+    "pcd_no_plugin": Objective("adaptor", plugin="none"),
+    "pcd_keep_plugin": Objective("adaptor", plugin="kept"),
 }
 
 
@@ -163,7 +165,7 @@ def pretrain(
     student, objective = Network(*NEAR_STUDENT), OBJECTIVES[name]
     if objective is None:
         return student.to(machine.device)
-    if objective.mhsa:
+    if objective.plugin != "none":
         plug(student, "fuse", MHSAPlugin(student.channels, num_heads=4))
     maps = data.outputs["maps"]
     head = vector_head(maps.shape[1])
@@ -198,7 +200,7 @@ def pretrain(
 
     rate, learned = settings["pretrain_rate"], modules.parameters()
     machine.minimise(loss_of, learned, len(maps), steps, rate, seed)
-    if objective.mhsa:
+    if objective.plugin == "removed":
         unplug(student, "fuse")
     return student
 

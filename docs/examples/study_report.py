@@ -27,7 +27,7 @@ NAMES = {
     "af_dcd_mimic": "AfDCDLoss, mimic only", "af_dcd_contrast": "AfDCDLoss, contrast only",
     "scratch": "from scratch", "pooled": "pooled vectors", "pcd": "PCD",
     "pcd_no_adaptor": "PCD on the map before the head", "pcd_no_plugin": "PCD without MHSAPlugin",
-    "pcd_plain_relu": "PCD, head with plain ReLU",
+    "pcd_keep_plugin": "PCD, MHSAPlugin kept", "pcd_plain_relu": "PCD, head with plain ReLU",
 }  # fmt: skip
 Scores = dict[str, dict[int, list[float]]]  # by arm and size, in the order of the seeds
 
