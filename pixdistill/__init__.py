@@ -23,4 +23,4 @@ from .receptive_tokens import MaskedReceptiveTokens as MaskedReceptiveTokens
 from .spatial_adaptor import L2Norm as L2Norm
 from .spatial_adaptor import SpatialAdaptor as SpatialAdaptor
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
