@@ -93,4 +93,4 @@ def test_the_page_shows_what_was_measured(run):
         if ")* |" in line
     ]
     assert len(cells) > 8
-    assert all(any(f"| {cell} |" in text for text in shown) for cell in cells)
+    assert all(cell == "not run" or any(f"| {cell} |" in text for text in shown) for cell in cells)

@@ -1,7 +1,7 @@
 """Which loss helps, by how much, for how long: a study on scenes of handwritten digits.
 
     python docs/examples/study.py            # all parts, about 20 minutes on two CPU cores
-    python docs/examples/study.py --quick    # all parts with fewer seeds and steps, about 3 minutes
+    python docs/examples/study.py --quick    # all parts with fewer seeds and steps, about 2 minutes
     python docs/examples/study.py few-labels # one part
 
 Parts:
@@ -11,7 +11,8 @@ Parts:
   and the divergence.
 - `why`: the terms of `AfDCDLoss` one by one, and MasKD's distance without masks.
 - `few-labels`: students that were distilled without labels, then fine-tuned on 16, 64 and 256 scenes;
-  from scratch, from pooled vectors, and from pixels by PCD with and without its parts.
+  from scratch (also with as many steps), from pooled vectors, and from pixels by PCD with and without
+  its parts.
 - `labels`: the contrast with and without the labels' exclusion of negatives.
 
 Settings are chosen on validation digits with one seed of its own and four trials per arm; all trials are
@@ -131,7 +132,7 @@ def few_labels(arm: str) -> bool:
 
 def trials_of(arm: str, best: dict[str, Settings]) -> list[Settings]:
     """Four settings; those of an arm that builds on others need what was chosen for these."""
-    if arm == "scratch":
+    if arm.startswith("scratch"):
         return weights("rate", 5e-3, 1e-2, 2e-2, 4e-2)
     if few_labels(arm):
         rates = [(before, after) for before in (5e-3, 2e-2) for after in (1e-2, 3e-2)]
@@ -161,6 +162,8 @@ def train(job: Job, sizes: Sizes, machine: Machine, path: Path) -> dict[str, flo
     for size in job.sizes:
         if few_labels(job.arm):
             student, steps = copy.deepcopy(start), sizes.tune_steps
+            if job.arm == "scratch_long":
+                steps += sizes.pretrain_steps
             fine_tune(machine, data, student, size, settings["rate"], steps, job.seed)
         else:
             student = train_with_labels(machine, data, settings, size, job.seed)

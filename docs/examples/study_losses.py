@@ -144,12 +144,16 @@ class Objective:
 
     target: str
     plugin: Literal["none", "removed", "kept"]
+    negatives: bool = True
+    """Whether it is the contrast, or the squared error of unit vectors, which has no negatives."""
 
 
 OBJECTIVES: dict[str, Objective | None] = {
     "scratch": None,
+    "scratch_long": None,  # with the steps of the distillation besides
     "pooled": Objective("pooled", plugin="none"),
     "pcd": Objective("adaptor", plugin="removed"),
+    "pcd_no_negatives": Objective("adaptor", plugin="removed", negatives=False),
     "pcd_no_adaptor": Objective("map", plugin="removed"),
     "pcd_plain_relu": Objective("plain", plugin="removed"),
     "pcd_no_plugin": Objective("adaptor", plugin="none"),
@@ -194,8 +198,12 @@ def pretrain(
         features = student.features(images[i])
         if objective.target == "pooled":
             features = features.mean(dim=(2, 3), keepdim=True)
-        loss = contrast(predict(features), target)
-        queue.enqueue_pooled(target)  # after the loss: no scene is its own negative
+        prediction = predict(features)
+        if not objective.negatives:
+            ours, theirs = F.normalize(prediction.float()), F.normalize(target.float())
+            return (ours - theirs).square().sum(dim=1).mean()
+        loss = contrast(prediction, target)
+        queue.enqueue_pooled(target)  # after the loss: not among the negatives of its own batch
         return loss
 
     rate, learned = settings["pretrain_rate"], modules.parameters()

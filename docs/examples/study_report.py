@@ -15,7 +15,7 @@ from scipy import stats
 REFERENCES = {
     "budget": ("alone", "mse", "kl"),
     "why": ("alone",),
-    "few-labels": ("scratch", "pooled", "pcd"),
+    "few-labels": ("scratch", "scratch_long", "pooled", "pcd"),
     "labels": ("alone", "contrast"),
 }
 AXIS = {"few-labels": "scenes with labels"}
@@ -25,7 +25,8 @@ NAMES = {
     "contrast+kl": "PixelContrastLoss + KL", "maskd+kl": "MasKD + KL", "af_dcd+kl": "AfDCDLoss + KL",
     "contrast_labels": "PixelContrastLoss, labels", "logits_mse": "MasKD's distance, no masks",
     "af_dcd_mimic": "AfDCDLoss, mimic only", "af_dcd_contrast": "AfDCDLoss, contrast only",
-    "scratch": "from scratch", "pooled": "pooled vectors", "pcd": "PCD",
+    "scratch": "from scratch", "scratch_long": "from scratch, as many steps",
+    "pooled": "pooled vectors", "pcd": "PCD", "pcd_no_negatives": "PCD's targets, squared error",
     "pcd_no_adaptor": "PCD on the map before the head", "pcd_no_plugin": "PCD without MHSAPlugin",
     "pcd_keep_plugin": "PCD, MHSAPlugin kept", "pcd_plain_relu": "PCD, head with plain ReLU",
 }  # fmt: skip
@@ -60,6 +61,7 @@ def test_scores(arms: Sequence[str], results: Mapping[str, Any]) -> Scores:
         if record["split"] == "test" and record["arm"] in arms:
             for size, score in record["scores"].items():
                 found.setdefault((record["arm"], int(size)), {})[record["seed"]] = score
+    arms = [arm for arm in arms if any(arm == name for name, _ in found)]  # others: not yet run
     sizes = [size for arm, size in found if arm == arms[-1]]
     scores: Scores = {arm: {} for arm in arms}
     for size in sorted(sizes):
@@ -83,7 +85,7 @@ def table(part: str, scores: Scores) -> str:
     rows = {arm: [f"{fmean(v):.2f}" for v in row.values()] for arm, row in scores.items()}
     sizes = [f"{size} {AXIS.get(part, 'steps')}" for size in next(iter(scores.values()))]
     text = [markdown(["mean IoU, %", *sizes], rows)]
-    for reference in REFERENCES[part]:
+    for reference in (name for name in REFERENCES[part] if name in scores):
         others = [arm for arm in scores if arm != reference]
         rows = {a: [str(i) for i in differences(scores, a, reference).values()] for a in others}
         text.append(markdown([f"minus {NAMES[reference]}", *sizes], rows))
@@ -153,5 +155,6 @@ def report(part: str, arms: Sequence[str], results: Mapping[str, Any], folder: P
 
 def tables(part: str, arms: Sequence[str], results: Mapping[str, Any]) -> str:
     """The scores and, below a fold, the trials of a part, for docs/study.md."""
-    tried = f"<details>\n<summary>Trials</summary>\n\n{trials(arms, results)}\n\n</details>"
-    return f"{table(part, test_scores(arms, results))}\n\n{tried}\n"
+    scores = test_scores(arms, results)
+    tried = f"<details>\n<summary>Trials</summary>\n\n{trials(list(scores), results)}\n\n</details>"
+    return f"{table(part, scores)}\n\n{tried}\n"

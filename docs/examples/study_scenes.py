@@ -33,10 +33,10 @@ from pixdistill import MaskedReceptiveTokens
 STRIDE = 4  # of the networks' features
 BATCH = 8
 PROJECTOR_RATE = 1e-2  # of what is dropped after training; AfDCDLoss's projector fails with more
-TEACHER = (16, 48, 96, 4, 32)  # 497 thousand parameters; sees the whole scene
-STUDENT = (8, 16, 24, 1, 16)  # 22 thousand parameters
-NEAR_STUDENT = (8, 16, 0, 0, 24)  # 13 thousand parameters; a pixel of its map sees 23 x 23
-HEAD = (64, 64, 32)  # widths of the head on the pooled vector of the teacher without labels
+TEACHER = (16, 48, 96, 4, 32)  # 450 thousand parameters; sees the whole scene
+STUDENT = (8, 16, 24, 1, 16)  # 21 thousand parameters
+NEAR_STUDENT = (8, 16, 0, 0, 24)  # 12 thousand parameters; a pixel of its map sees 23 x 23
+HEAD = (64, 64, 32)  # widths of the head on the pooled vector of the teacher of whole images
 SEED = 10_000  # of what is prepared; apart from the students' 0, 1, 2, ...
 
 
