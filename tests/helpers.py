@@ -23,15 +23,10 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "torch", "triton")
 
 
-def not_in_torch_2_6(what: str) -> pytest.MarkDecorator:
-    """Skip with the oldest torch that is supported, which lacks something that a test needs."""
-    return pytest.mark.skipif(torch.__version__.startswith("2.6."), reason=f"torch 2.6: {what}")
-
-
-def not_before_torch_2_13(what: str) -> pytest.MarkDecorator:
-    """Skip with a torch before the pinned one, which guards a size that later ones leave open."""
-    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-    return pytest.mark.skipif(old, reason=f"torch before 2.13: {what}")
+def needs_torch(version: str, what: str) -> pytest.MarkDecorator:
+    """Skip with an older torch, which lacks something that a test needs; 2.6 is the oldest supported."""
+    old = torch.__version__ < version
+    return pytest.mark.skipif(old, reason=f"torch before {version}: {what}")
 
 
 def python_blocks(markdown: str) -> list[str]:

@@ -39,7 +39,7 @@ from helpers import (
     float32_tolerance,
     fresh_compiler,
     high_precision,  # noqa: F401
-    not_in_torch_2_6,
+    needs_torch,
     relative_error,
 )
 from ranks import results
@@ -528,7 +528,7 @@ class Trained(nn.Module):
 @loss_names
 @pytest.mark.parametrize(
     "wrapper",
-    ["DDP", pytest.param("FSDP2", marks=not_in_torch_2_6("FSDP2 does not run on a CPU"))],
+    ["DDP", pytest.param("FSDP2", marks=needs_torch("2.7", "FSDP2 does not run on a CPU"))],
 )
 def test_components_come_through_wrappers(name, wrapper):
     """Through their `forward`, so that gradients of the loss's own parameters are averaged."""

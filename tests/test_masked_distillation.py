@@ -18,7 +18,7 @@ from helpers import (
     fresh_compiler,
     golden,
     launches,
-    not_in_torch_2_6,
+    needs_torch,
     relative_error,
     run,
 )
@@ -1053,7 +1053,7 @@ def test_which_form_runs():
         many(MAP, MAP)
 
 
-@not_in_torch_2_6("Triton's ahead-of-time interface")
+@needs_torch("2.7", "Triton's ahead-of-time interface")
 def test_the_kernels_compute_offsets_in_64_bits(tmp_path):
     assert run("tests/offsets.py", "masked_distance", env={"TRITON_CACHE_DIR": str(tmp_path)}) == ""
 

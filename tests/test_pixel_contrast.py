@@ -18,7 +18,7 @@ from helpers import (
     fresh_compiler,
     golden,
     launches,
-    not_in_torch_2_6,
+    needs_torch,
     unit,
 )
 from helpers import high_precision as high_precision
@@ -1056,7 +1056,7 @@ OPERATORS = {
 }
 
 
-@not_in_torch_2_6("its operators are others")
+@needs_torch("2.7", "its operators are others")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the number of splits depends on the GPU")
 @all_negatives
 @pytest.mark.parametrize("masked", [False, True])
@@ -1190,7 +1190,7 @@ def test_a_loss_may_be_scaled_in_place(backend):
 MAP_SIZES = ((2, 3, 4), (3, 5, 4), (2, 7, 6), (4, 3, 9))
 
 
-@not_in_torch_2_6("compiles more often")
+@needs_torch("2.7", "compiles more often")
 @pytest.mark.parametrize(
     ("case", "settings"),
     [

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, golden, not_in_torch_2_6, unit
+from helpers import assert_close, golden, needs_torch, unit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -382,7 +382,7 @@ def test_same_bits_twice_under_deterministic_algorithms():
     assert torch.equal(one.keys, start.keys)
 
 
-@not_in_torch_2_6("compiles again for a new size")
+@needs_torch("2.7", "compiles again for a new size")
 @pytest.mark.parametrize("pooled", [False, True])
 def test_compiles_once_for_all_batch_sizes(pooled):
     eager = PixelQueue(7, 3)

@@ -16,7 +16,7 @@ from helpers import (
     data_parallel,
     fresh_compiler,
     golden,
-    not_in_torch_2_6,
+    needs_torch,
     relative_error,
 )
 from hypothesis import given
@@ -999,7 +999,7 @@ def test_compiles_once_for_all_map_sizes(name, autocast):
     assert frames == frames[:1] * 3
 
 
-@not_in_torch_2_6("export fixes a size")
+@needs_torch("2.7", "export fixes a size")
 def test_exports_with_dynamic_sizes():
     built = build("dino", torch.float32)
     adaptor = built.adaptor()

@@ -1,12 +1,16 @@
 """docs/examples/study.py runs, goes on where it was killed, and its intervals are Student's."""
 
+import itertools
 import json
 import math
 import re
 import sys
 
 import pytest
+import torch
 from helpers import ROOT, run
+
+from pixdistill import MHSAPlugin
 
 sys.path.insert(0, str(ROOT / "docs/examples"))
 
@@ -57,6 +61,41 @@ def test_study_smoke(tmp_path):
         assert record["settings"] == best["settings"]
 
     assert out.splitlines()[-1] == "the same"  # after a kill
+
+
+def test_arms_without_labels(monkeypatch):
+    """What each arm trains, what its student keeps of the plug-in, and the steps of its fine-tuning."""
+    import study
+    from digit_scenes import Labelled
+    from study_losses import OBJECTIVES
+    from study_scenes import Data, Machine, vector_head
+
+    torch.manual_seed(0)
+    scenes = {"test": Labelled(torch.randn(4, 1, 32, 32), torch.randint(11, (4, 32, 32)))}
+    scenes["train"] = scenes["test"]
+    maps = {"maps": torch.randn(4, 32, 8, 8)}
+    data = Data(scenes, maps, 0.0, vector_head(32).state_dict())
+    students, steps = {}, {}
+
+    def fine_tune(machine, data, network, count, rate, steps_of_arm, seed):
+        students[arm], steps[arm] = network, steps_of_arm
+
+    monkeypatch.setattr(study, "load", lambda *_: data)
+    monkeypatch.setattr(study, "fine_tune", fine_tune)
+    sizes = study.Sizes(pretrain_steps=2, tune_steps=3)
+    settings = (("pretrain_rate", 1e-2), ("rate", 1e-2))
+    for arm in OBJECTIVES:
+        job = study.Job(arm, settings, (4,), 0, "test")
+        study.train(job, sizes, Machine("cpu", amp=False), None)
+    assert steps == {arm: 5 if arm == "scratch_long" else 3 for arm in OBJECTIVES}
+    plugged = [
+        arm for arm, s in students.items() if any(isinstance(m, MHSAPlugin) for m in s.modules())
+    ]
+    assert plugged == ["pcd_keep_plugin"]
+    weights = {arm: student.middle[0][0].weight for arm, student in students.items()}
+    assert torch.equal(weights.pop("scratch_long"), weights["scratch"])
+    assert torch.equal(weights.pop("pcd_keep_plugin"), weights["pcd"])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights.values(), 2))
 
 
 def test_intervals_of_paired_differences():
